@@ -1,0 +1,100 @@
+"""What the backend cannot do, each as one sentence: what is wrong, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hierasparse_vllm import compat
+from hierasparse_vllm.page import HEAD_SIZES, PAGE_TOKENS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+_OTHER = "serve this model without --attention-backend CUSTOM"
+_PER_KIND = (
+    "give only full-attention layers to HieraSparse: "
+    '--attention-config \'{"backend_per_kind": {"full_attention": "CUSTOM"}}\''
+)
+
+
+def selection(f: dict[str, Any]) -> list[str]:
+    """Refusals for the fields by which vLLM selects a backend (``AttentionSelectorConfig``, any version)."""
+    out = []
+
+    def refuse(condition: Any, sentence: str) -> None:
+        if condition:
+            out.append(f"HieraSparse: {sentence}.")
+
+    sizes = ", ".join(map(str, HEAD_SIZES))
+    refuse(f["head_size"] not in HEAD_SIZES, f"head size {f['head_size']} is not supported (only {sizes}); {_OTHER}")
+    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    refuse(f["dtype"] not in DTYPES, f"dtype {f['dtype']} is not supported (only {names}); choose one with --dtype")
+    refuse(
+        f.get("kv_cache_dtype") not in (None, *KV_CACHE_DTYPES),
+        f"KV-cache dtype {f.get('kv_cache_dtype')} cannot be combined with 2:4 pages (only auto, the model's dtype); "
+        "remove --kv-cache-dtype",
+    )
+    block = f.get("block_size")
+    refuse(
+        block not in (None, PAGE_TOKENS),
+        f"block size {block} is not supported, a page is {PAGE_TOKENS} tokens; add --block-size {PAGE_TOKENS}",
+    )
+    refuse(f.get("use_mla"), f"MLA models keep no K and V to compress; {_OTHER}")
+    refuse(f.get("has_sink"), f"models with learned attention sinks are not supported; {_OTHER}")
+    kind = f.get("attn_type") or "decoder"
+    kind = getattr(kind, "value", kind)  # an enum of strings
+    refuse(kind != "decoder", f"{kind} attention is not supported, only causal decoder layers are; {_PER_KIND}")
+    refuse(f.get("has_sliding_window"), f"sliding-window layers already keep few tokens; {_PER_KIND}")
+    refuse(f.get("use_kv_connector"), "KV connectors would move the pages without the window; remove --kv-transfer-config")
+    parallel = f.get("use_dcp") or f.get("use_pcp")
+    refuse(
+        parallel,
+        "context parallelism splits the tokens of a page; use tensor parallelism instead of "
+        "--decode-context-parallel-size and --prefill-context-parallel-size",
+    )
+    return out
+
+
+def engine(vllm_config: Any) -> list[str]:
+    """Refusals for the whole engine, whichever way the backend was selected."""
+    out = []
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        out.append(
+            "HieraSparse: without the hybrid KV-cache manager the dense window would keep every token and nothing "
+            "would be saved; remove --disable-hybrid-kv-cache-manager (or the feature that switches the manager off)."
+        )
+    if vllm_config.kv_transfer_config is not None:
+        out.append(
+            "HieraSparse: KV connectors would move the pages without the window; remove --kv-transfer-config."
+        )
+    if compat.context_parallel(vllm_config):
+        out.append(
+            "HieraSparse: context parallelism splits the tokens of a page; use tensor parallelism instead of "
+            "--decode-context-parallel-size and --prefill-context-parallel-size."
+        )
+    if compat.micro_batching(vllm_config):
+        out.append("HieraSparse: micro-batching is not supported; remove --enable-dbo and --ubatch-size.")
+    return out
+
+
+def layer(alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, extra: dict[str, Any]) -> list[str]:
+    """Refusals for one layer's own features, which vLLM's selection does not tell."""
+    out = []
+    if alibi_slopes is not None:
+        out.append(f"HieraSparse: ALiBi is not supported; {_OTHER}.")
+    if logits_soft_cap:
+        out.append(f"HieraSparse: a soft cap of the logits is not supported; {_OTHER}.")
+    if kv_sharing_target_layer_name is not None:
+        out.append(f"HieraSparse: layers that share the KV cache of another layer are not supported; {_OTHER}.")
+    for name, value in extra.items():
+        if value is not None:
+            out.append(f"HieraSparse: the attention argument {name!r} is not supported; {_OTHER}.")
+    return out
+
+
+def refuse(sentences: list[str]) -> None:
+    """Stop the engine if there is any sentence."""
+    if sentences:
+        raise ValueError(" ".join(sentences))

@@ -1,0 +1,136 @@
+"""One attention layer: write the window, compress full pages, attend.  Thin: the ops do the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from hierasparse_vllm import compat, ops
+from hierasparse_vllm.backend import checks, settings
+from hierasparse_vllm.backend.metadata import PageMetadata
+from hierasparse_vllm.backend.report import Report
+from hierasparse_vllm.cache.window import SUFFIX, WindowCache
+from hierasparse_vllm.calibration import layer_tables
+from hierasparse_vllm.options import Options
+
+
+class HieraSparseImpl(AttentionImpl[PageMetadata]):
+    """Implementation that vLLM makes for each attention layer.
+
+    Raises
+    ------
+    ValueError
+        For a configuration or layer that cannot be served, in one sentence.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ):
+        self.vllm_config = get_current_vllm_config()
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        fields = {
+            "head_size": head_size,
+            "dtype": self.vllm_config.model_config.dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+            "attn_type": attn_type,
+            "has_sliding_window": sliding_window is not None,
+        }
+        checks.refuse(
+            checks.selection(fields)
+            + checks.engine(self.vllm_config)
+            + checks.layer(alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, extra)
+        )
+        self.options = Options.from_additional_config(self.vllm_config.additional_config)
+        self.settings = settings.Settings(self.options, self.vllm_config.model_config.dtype)
+        settings.set_current(self.settings)
+        self.layout = self.settings.layout(head_size)
+        self.window: WindowCache | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Make the window's cache layer; vLLM calls this before it collects cache specs, and again on a reload."""
+        if self.window is not None:
+            return
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self.name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        self.tables = layer_tables(self.options, self.vllm_config, self.name, self.num_kv_heads, self.head_size)
+        self.window = WindowCache(
+            f"{self.name}.{SUFFIX}",
+            self.vllm_config,
+            self.layout,
+            self.settings.rule,
+            self.num_kv_heads,
+            self.settings.dtype,
+            self._on_bind,
+        )
+
+    def _on_bind(self, window: torch.Tensor) -> None:
+        if not window.numel():  # vLLM takes the cache away when it shuts down
+            return
+        self.ops = ops.select(window.device)
+        self.tables = self.tables.to(window.device)
+        windows = [
+            layer
+            for layer in self.vllm_config.compilation_config.static_forward_context.values()
+            if isinstance(layer, WindowCache)
+        ]
+        self.report = None
+        if windows[0] is self.window:  # one layer speaks for the engine
+            self.report = Report(self.vllm_config, self.options)
+            self.report.engine(self.ops.name, window, self.layout, self.num_kv_heads, len(windows), self.settings.rule)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: PageMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One step of the layer.
+
+        Parameters
+        ----------
+        query : Tensor [rows, heads, D]
+        key, value : Tensor [rows, KV heads, D]
+        kv_cache : Tensor
+            The page cache.
+        attn_metadata : PageMetadata or None
+            None while vLLM profiles memory.
+        output : Tensor [rows, heads, D] or [rows, heads * D]
+            Written and returned; rows beyond the batch's are padding.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        window = self.window.kv_cache
+        pages = compat.page_bytes_view(kv_cache)
+        batch = attn_metadata.batch(get_forward_context().attn_metadata[self.window.prefix])
+        self.ops.store(key, value, batch, window)
+        # Every full page, of every request, before any request reads: its hash is already public, and another request
+        # of this very step may hit it.
+        compressed = self.ops.compress(batch, window, pages, self.layout, self.tables)
+        if self.report is not None:
+            self.report.compressed(compressed)
+        out = output.view(-1, self.num_heads, self.head_size)
+        self.ops.attend(query, batch, window, pages, self.layout, self.tables, self.scale, out)
+        return output

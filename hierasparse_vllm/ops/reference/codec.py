@@ -1,0 +1,181 @@
+"""Pages in PyTorch: choose and pack dense K and V into page bytes, and unpack them again.
+
+The specification of the format in code; any device, any dtype.  On the CPU ``expand.py`` does `unpack`'s work faster
+and is tested against it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hierasparse_vllm.page import SUBS, PageLayout
+from hierasparse_vllm.policy import Choice, LayerTables, choose, from_groups, kept_index
+
+_INDEX: dict[tuple, torch.Tensor] = {}
+
+
+def _index(order: np.ndarray, device: torch.device) -> torch.Tensor:
+    """``order`` as an index tensor on ``device``, made once (page.py caches its arrays, so ids are stable)."""
+    key = (id(order), device)
+    if key not in _INDEX:
+        _INDEX[key] = torch.from_numpy(order).to(device=device, dtype=torch.int64)
+    return _INDEX[key]
+
+
+def choose_both(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTables) -> tuple[Choice, Choice]:
+    """Choice for K and for V [n, H, 256, D] of whole pages."""
+    return (
+        choose(k, tables.k_order, tables.k_weight, "channel", layout.sparse_k),
+        choose(v, tables.v_order, None, layout.value_axis, layout.sparse_v),
+    )
+
+
+def prune(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTables):
+    """K and V [n, H, 256, D] as a reader of the packed page sees them: dropped values are zero."""
+    s = layout.sink_tokens
+    out = []
+    for x, choice, order, axis in zip(
+        (k, v), choose_both(k, v, layout, tables), (tables.k_order, tables.v_order), ("channel", layout.value_axis)
+    ):
+        keep = torch.zeros(choice.groups.shape, dtype=torch.bool, device=x.device)
+        keep.scatter_(-1, kept_index(choice.codes), True)
+        keep |= ~choice.sparse[..., None, None]
+        y = from_groups(torch.where(keep, choice.groups, 0), order, axis)
+        y[:, :, :s] = x[:, :, :s]
+        out.append(y)
+    return tuple(out)
+
+
+def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTables) -> torch.Tensor:
+    """Choose and pack whole pages.
+
+    Parameters
+    ----------
+    k, v : Tensor [n, H, 256, D]
+        Keys after rotary embedding, and values; the itemsize of their dtype is the layout's.
+    layout : PageLayout
+    tables : LayerTables
+
+    Returns
+    -------
+    Tensor, uint8 [n, H, head_bytes]
+    """
+    n, h = k.shape[:2]
+    if layout.dense_page:
+        return torch.stack(prune(k, v, layout, tables), dim=2).view(torch.uint8).reshape(n, h, layout.head_bytes)
+    page = torch.zeros(n, h, layout.head_bytes, dtype=torch.uint8, device=k.device)
+    masks = []
+    for side, x, choice, start, sparse in zip(
+        "kv",
+        (k, v),
+        choose_both(k, v, layout, tables),
+        (layout.k_offset, layout.v_offset),
+        (layout.sparse_k, layout.sparse_v),
+    ):
+        middle, end = start + sparse * layout.sparse_bytes, start + layout.side_bytes(sparse)
+        if sparse:
+            page[:, :, start:middle] = _pack_sparse(choice, layout, side).view(n, h, -1)
+        if sparse < SUBS:
+            page[:, :, middle:end] = _pack_dense(choice, layout, side).view(n, h, -1)
+        masks.append((choice.sparse << torch.arange(SUBS, device=k.device)).sum(-1))
+        if layout.sink_tokens:
+            rows = x[:, :, : layout.sink_tokens].reshape(n, h, -1).view(torch.uint8)
+            at = layout.sink_offset + (side == "v") * layout.sink_bytes
+            page[:, :, at : at + rows.shape[-1]] = rows
+    page[:, :, :4] = layout.encode_index(*masks).int()[..., None].view(torch.uint8)
+    return page
+
+
+def _pack_sparse(choice: Choice, layout: PageLayout, side: str) -> torch.Tensor:
+    """Bytes of all sparse sub-blocks, uint8 [n * H * sparse, sparse_bytes]."""
+    groups, codes = choice.groups[choice.sparse], choice.codes[choice.sparse]
+    kept = groups.gather(-1, kept_index(codes)).flatten(1)
+    kept = kept[:, _index(layout.kept_order(side), kept.device)]
+    nibbles = codes[:, _index(layout.nibble_order(side), codes.device)]
+    meta = nibbles[:, 0::2] | nibbles[:, 1::2] << 4  # little endian: the first nibble is the low one
+    return torch.cat((kept.contiguous().view(torch.uint8), meta), dim=1)
+
+
+def _pack_dense(choice: Choice, layout: PageLayout, side: str) -> torch.Tensor:
+    """Bytes of all dense sub-blocks, uint8 [n * H * dense, dense_bytes]."""
+    rows = _token_major(choice.groups[~choice.sparse], layout, side)
+    return rows[:, _index(layout.dense_order(side), rows.device)].contiguous().view(torch.uint8)
+
+
+def _token_major(groups: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
+    """Sub-blocks [m, groups, 4] in the logical order of dense values [m, groups * 4]."""
+    if side == "v" and layout.value_axis == "token":
+        groups = groups.view(len(groups), -1, layout.head_size, 4).transpose(2, 3)
+    return groups.flatten(1)
+
+
+def unpack(
+    pages: torch.Tensor, layout: PageLayout, tables: LayerTables, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense K and V of packed pages.
+
+    Parameters
+    ----------
+    pages : Tensor, uint8 [n, H, head_bytes]
+    layout : PageLayout
+    tables : LayerTables
+        Those the pages were packed with.
+    dtype : torch.dtype
+        Dtype of the stored values.
+
+    Returns
+    -------
+    k, v : Tensor [n, H, 256, D]
+        In the model's channel order; dropped values are zero.
+    """
+    n, h = pages.shape[:2]
+    if layout.dense_page:
+        both = pages.contiguous().view(dtype).view(n, h, 2, -1, layout.head_size)
+        return both[:, :, 0], both[:, :, 1]
+    masks = layout.decode_index(pages[:, :, :4].contiguous().view(torch.int32).squeeze(-1))
+    out = []
+    for side, mask, start, sparse, order, axis in (
+        ("k", masks[0], layout.k_offset, layout.sparse_k, tables.k_order, "channel"),
+        ("v", masks[1], layout.v_offset, layout.sparse_v, tables.v_order, layout.value_axis),
+    ):
+        chosen = (mask[..., None] >> torch.arange(SUBS, device=pages.device) & 1).bool()
+        groups = torch.zeros(n, h, SUBS, layout.groups, 4, dtype=dtype, device=pages.device)
+        middle, end = start + sparse * layout.sparse_bytes, start + layout.side_bytes(sparse)
+        if sparse:
+            rows = pages[:, :, start:middle].reshape(n * h * sparse, layout.sparse_bytes)
+            groups[chosen] = _unpack_sparse(rows, layout, side, dtype)
+        if sparse < SUBS:
+            rows = pages[:, :, middle:end].reshape(n * h * (SUBS - sparse), layout.dense_bytes)
+            groups[~chosen] = _unpack_dense(rows, layout, side, dtype)
+        x = from_groups(groups, order, axis)
+        if layout.sink_tokens:
+            at = layout.sink_offset + (side == "v") * layout.sink_bytes
+            size = layout.sink_tokens * layout.head_size * layout.value_bytes
+            x[:, :, : layout.sink_tokens] = (
+                pages[:, :, at : at + size].contiguous().view(dtype).view(n, h, -1, layout.head_size)
+            )
+        out.append(x)
+    return out[0], out[1]
+
+
+def _unpack_sparse(rows: torch.Tensor, layout: PageLayout, side: str, dtype: torch.dtype) -> torch.Tensor:
+    m = len(rows)
+    stored = rows[:, : layout.sparse_value_bytes].contiguous().view(dtype)
+    kept = torch.empty_like(stored)
+    kept[:, _index(layout.kept_order(side), rows.device)] = stored
+    meta = rows[:, layout.sparse_value_bytes :]
+    nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1)
+    codes = torch.empty_like(nibbles)
+    codes[:, _index(layout.nibble_order(side), rows.device)] = nibbles
+    groups = torch.zeros(m, layout.groups, 4, dtype=dtype, device=rows.device)
+    return groups.scatter_(-1, kept_index(codes), kept.view(m, layout.groups, 2))
+
+
+def _unpack_dense(rows: torch.Tensor, layout: PageLayout, side: str, dtype: torch.dtype) -> torch.Tensor:
+    stored = rows.contiguous().view(dtype)
+    dense = torch.empty_like(stored)
+    dense[:, _index(layout.dense_order(side), rows.device)] = stored
+    if side == "v" and layout.value_axis == "token":
+        dense = dense.view(len(rows), -1, 4, layout.head_size).transpose(2, 3)
+    return dense.reshape(len(rows), layout.groups, 4)

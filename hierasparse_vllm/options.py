@@ -1,0 +1,146 @@
+"""The user's options: one frozen dataclass, read from ``--additional-config '{"hierasparse": {...}}'`` and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hierasparse_vllm.page import PAGE_TOKENS, SUB_TOKENS, SUBS
+from hierasparse_vllm.policy import POLICIES
+
+SECTION = "hierasparse"
+DISABLE_VARIABLE = "HIERASPARSE_DISABLE"
+"""Environment variable: ``1`` switches the plugin off in every process."""
+
+SPARSITIES = tuple(i / SUBS for i in range(SUBS + 1))
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quality": {"key_sparsity": 0.5, "value_sparsity": 0.5},
+    "balanced": {"key_sparsity": 1.0, "value_sparsity": 0.5},
+    "max": {"key_sparsity": 1.0, "value_sparsity": 1.0},
+}
+
+# One row per option: JSON schema of its values and a line for the docs.  Checks, schema and errors come from here.
+_SCHEMA: dict[str, dict[str, Any]] = {
+    "preset": {"enum": list(PRESETS), "description": "Starting point; the other options change it."},
+    "key_sparsity": {"enum": list(SPARSITIES), "description": "Share of the sub-blocks of K that are 2:4 sparse."},
+    "value_sparsity": {"enum": list(SPARSITIES), "description": "Share of the sub-blocks of V that are 2:4 sparse."},
+    "local_window": {
+        "type": "integer",
+        "minimum": 0,
+        "multipleOf": PAGE_TOKENS,
+        "description": "Most recent tokens that are always read dense (up to 255 more are, to the next page border).",
+    },
+    "sink_tokens": {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": SUB_TOKENS,
+        "description": "First tokens of every page that are also kept dense; in page 0 they are the attention sinks.",
+    },
+    "policy": {"enum": list(POLICIES), "description": "How the channels of K are grouped for 2 of 4."},
+    "value_axis": {"enum": ["channel", "token"], "description": "Direction of V's groups of four."},
+    "tables": {"type": ["string", "null"], "description": "Path of a calibration file (safetensors)."},
+    "storage": {
+        "enum": ["compressed", "dense_page"],
+        "description": "dense_page keeps pruned values in pages of dense size: an oracle for tests, saves nothing.",
+    },
+    "prefill": {
+        "enum": ["position", "chunk"],
+        "description": "position: one rule for every token, so chunk size and cache hits change nothing; "
+        "chunk: a prefill chunk sees itself dense.",
+    },
+    "log_interval": {
+        "type": "number",
+        "minimum": 0,
+        "description": "Seconds between log lines about compressed pages; 0 logs every step that compresses one.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the cache is compressed; see ``docs/configuration.md`` (and `json_schema`) for the allowed values."""
+
+    preset: str = "balanced"
+    key_sparsity: float = PRESETS["balanced"]["key_sparsity"]
+    value_sparsity: float = PRESETS["balanced"]["value_sparsity"]
+    local_window: int = 256
+    sink_tokens: int = 0
+    policy: str = "strided"
+    value_axis: str = "channel"
+    tables: str | None = None
+    storage: str = "compressed"
+    prefill: str = "position"
+    log_interval: float = 10.0
+
+    def __post_init__(self):
+        for key, value in asdict(self).items():
+            _check(key, value)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> Options:
+        """Options in the section "hierasparse" of vLLM's ``additional_config``.
+
+        Raises
+        ------
+        ValueError
+            With one sentence that names the key and what is allowed.
+        """
+        section = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(section, Mapping):
+            raise ValueError(
+                f"HieraSparse: the section {SECTION!r} of --additional-config is {section!r}; "
+                'it must be an object such as {"preset": "balanced"}'
+            )
+        for key in section:
+            if key not in _SCHEMA:
+                raise ValueError(f"HieraSparse: unknown option {key!r}; allowed are {', '.join(_SCHEMA)}")
+        preset = section.get("preset", cls.preset)
+        _check("preset", preset)
+        return cls(**{**PRESETS[preset], **section})
+
+    @property
+    def sparse_k(self) -> int:
+        """Sparse sub-blocks of K per page."""
+        return round(self.key_sparsity * SUBS)
+
+    @property
+    def sparse_v(self) -> int:
+        """Sparse sub-blocks of V per page."""
+        return round(self.value_sparsity * SUBS)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the section "hierasparse" of ``--additional-config``."""
+    defaults = {f.name: f.default for f in fields(Options)}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "HieraSparse options",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {key: {**schema, "default": defaults[key]} for key, schema in _SCHEMA.items()},
+    }
+
+
+def _check(key: str, value: Any) -> None:
+    schema = _SCHEMA[key]
+    if "enum" in schema:
+        ok = any(value == allowed and not isinstance(value, bool) for allowed in schema["enum"])
+        allowed = ", ".join(map(_show, schema["enum"]))
+    elif schema["type"] == ["string", "null"]:
+        ok, allowed = value is None or isinstance(value, str), "a path or null"
+    else:
+        kind = int if schema["type"] == "integer" else (int, float)
+        ok = isinstance(value, kind) and not isinstance(value, bool)
+        ok = ok and schema["minimum"] <= value <= schema.get("maximum", float("inf"))
+        ok = ok and value % schema.get("multipleOf", 1 if kind is int else value or 1) == 0
+        allowed = f"{'whole numbers' if kind is int else 'numbers'} from {schema['minimum']}"
+        allowed += f" to {schema['maximum']}" if "maximum" in schema else ""
+        allowed += f" in steps of {schema['multipleOf']}" if "multipleOf" in schema else ""
+    if not ok:
+        raise ValueError(f"HieraSparse: option {key!r} is {value!r}; allowed are {allowed}")
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)

@@ -1,0 +1,24 @@
+"""Entry point of vLLM's plugin system, run in every process that vLLM starts.
+
+Imports nothing heavy at the top and never touches CUDA: vLLM calls `register` in the API server before it forks, and a
+plugin that fails to import is only logged by vLLM, after which stock attention would run.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKEND = "hierasparse_vllm.backend.backend.HieraSparseBackend"
+ALIAS = "HIERASPARSE"
+
+
+def register() -> None:
+    """Make the backend known to vLLM as ``CUSTOM`` (and ``HIERASPARSE``); safe to call again."""
+    # The name is options.DISABLE_VARIABLE; options.py imports torch, this module must not.
+    if os.environ.get("HIERASPARSE_DISABLE", "0") not in ("", "0"):
+        return
+    from hierasparse_vllm import compat
+
+    compat.register_backend(BACKEND, ALIAS)
+    compat.redirect_cpu_platform()
+    compat.backport_customize_spec()
