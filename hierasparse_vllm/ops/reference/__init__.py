@@ -66,14 +66,17 @@ class ReferenceOps:
         h = window.shape[1]
         g = heads // h
         q = query.view(n, h, g, d).transpose(0, 1).reshape(h, n * g, d).to(window.dtype)
-        acc = torch.zeros(h, n * g, d, dtype=torch.float32, device=q.device)
-        lse = torch.full((h, n * g), -torch.inf, dtype=torch.float32, device=q.device)
-        tiles = request.tiles(batch.rule)
+        acc = torch.empty(h, n * g, d, dtype=torch.float32, device=q.device)
+        lse = torch.empty(h, n * g, dtype=torch.float32, device=q.device)
+        tiles, begun = request.tiles(batch.rule), set()
 
         def add(tile, k, v, hidden=None):
             rows = slice(tile.row * g, (tile.row + tile.queries) * g)
             part = attend_part(q[:, rows], k, v, scale, hidden)
-            acc[:, rows], lse[:, rows] = merge(acc[:, rows], lse[:, rows], *part)
+            if tile in begun:
+                part = merge(acc[:, rows], lse[:, rows], *part)
+            begun.add(tile)
+            acc[:, rows], lse[:, rows] = part
 
         for first in range(0, tiles[-1].compressed, SLAB_PAGES * PAGE_TOKENS):
             last = min(first + SLAB_PAGES * PAGE_TOKENS, tiles[-1].compressed)
@@ -101,7 +104,9 @@ class ReferenceOps:
     def _unpack(self, pages, ids, layout: PageLayout, tables: LayerTables, dtype: torch.dtype):
         """K and V [H, n * 256, D] of the pages ``ids``."""
         if pages.device.type == "cpu" and not layout.dense_page:
-            from hierasparse_vllm.ops.reference import expand  # Numba takes a second to import
+            # Numba takes a second to import, and vLLM 0.32 must have made its CPU runner before: that scans all modules
+            # for kernels and breaks on llvmlite's proxies.
+            from hierasparse_vllm.ops.reference import expand
 
             return expand.unpack(pages, ids, layout, tables, dtype)
         k, v = codec.unpack(pages[ids.long()], layout, tables, dtype)

@@ -1,0 +1,75 @@
+"""What cannot be served stops the engine with one sentence; stock attention never runs in our place."""
+
+import json
+import re
+
+import pytest
+import torch
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 128,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 512,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
+    "tie_word_embeddings": True, "dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256}
+
+
+def start(tmp_path, config=LLAMA, options=None, **kw):
+    from vllm import LLM
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kw = {"block_size": 256, "attention_backend": "CUSTOM", **kw}
+    if options is not None:
+        kw["additional_config"] = {"hierasparse": options}
+    return LLM(
+        str(tmp_path), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, max_num_batched_tokens=512, **kw
+    )
+
+
+def refusal(tmp_path, *args, **kw) -> str:
+    """The sentence that the engine stops with."""
+    with pytest.raises(Exception) as caught:
+        start(tmp_path, *args, **kw)
+    sentences = re.findall(r"HieraSparse: [^\n]*", str(caught.value))
+    assert len(sentences) == 1, str(caught.value)
+    return sentences[0]
+
+
+CASES = {
+    "head size": ({"config": LLAMA | {"head_dim": 80}}, r"head size 80 .* 64, 128, 256.*without --attention-backend"),
+    "block size": ({"block_size": 128}, r"block size 128.*--block-size 256"),
+    "sliding window": ({"config": MISTRAL}, r"sliding-window layers.*backend_per_kind"),
+    "cache dtype": ({"kv_cache_dtype": "fp8"}, r"KV-cache dtype fp8.*remove --kv-cache-dtype"),
+    "manager": ({"disable_hybrid_kv_cache_manager": True}, r"hybrid KV-cache manager.*remove --disable-hybrid"),
+    "unknown key": ({"options": {"sparsity": 1}}, r"unknown option 'sparsity'.*key_sparsity"),
+    "bad value": ({"options": {"key_sparsity": 0.3}}, r"'key_sparsity' is 0.3.*0, 0.25, 0.5, 0.75, 1"),
+    "no tables": ({"options": {"tables": "/nowhere"}}, r"/nowhere.*does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_refused_at_start_with_one_sentence(tmp_path, case):
+    kw, pattern = CASES[case]
+    assert re.search(pattern, refusal(tmp_path, **kw))
+
+
+def test_tables_of_another_model_are_refused(tmp_path):
+    from hierasparse_vllm.calibration import save
+
+    path = tmp_path / "tables.safetensors"
+    order = torch.arange(64)[None]
+    save(path, {"model.layers.0.self_attn.attn.k_order": order}, "0123456789abcdef")
+    assert "another model" in refusal(tmp_path, options={"tables": str(path)})
+
+
+def test_a_request_longer_than_the_model_is_vllms_own_error(tmp_path):
+    from tests.engine.serving import implementations
+
+    llm = start(tmp_path)
+    try:
+        assert implementations(llm) == {"HieraSparseImpl"}
+        with pytest.raises(Exception, match="maximum context length is 4096"):
+            llm.generate([{"prompt_token_ids": [5] * 5000}], use_tqdm=False)
+    finally:
+        llm.llm_engine.engine_core.shutdown()

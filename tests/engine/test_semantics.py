@@ -1,0 +1,109 @@
+"""The engine computes what the rules say: dense is stock, compressed is an independent simulation, chunks change nothing."""
+
+import pytest
+import torch
+
+from tests.engine import simulation
+from tests.engine.serving import DENSE, MAX, ask, core, engine, layers, poison
+
+
+@pytest.fixture(scope="module")
+def stock(model, tokens):
+    """Stock's answers, 12 tokens each, by prompt length."""
+    lengths = (1, 100, 255, 256, 257, 511, 513, 1000, 2500, 4096)
+    with engine(model, None, max_num_batched_tokens=8192) as llm:
+        return {n: ask(llm, [tokens[:n]], 12)[0] for n in lengths}
+
+
+@pytest.mark.parametrize("chunk", [256, 1000, 8192])
+def test_without_sparsity_the_engine_gives_stocks_tokens(model, tokens, stock, chunk):
+    with engine(model, DENSE, max_num_batched_tokens=chunk, enable_prefix_caching=False) as llm:
+        poison(llm)
+        for n, want in stock.items():
+            (got,) = ask(llm, [tokens[:n]], 12)
+            assert got.tokens == want.tokens, n
+            assert got.logprobs == pytest.approx(want.logprobs, abs=1e-3), n
+        together = ask(llm, [tokens[:n] for n in stock], 12)
+        assert [a.tokens for a in together] == [a.tokens for a in stock.values()]
+
+
+def test_full_model_without_sparsity_gives_stocks_tokens(full_model, tokens):
+    prompts = [tokens[:1000], tokens[1000:5096]]
+    with engine(full_model, None) as llm:
+        want = ask(llm, prompts, 16)
+    with engine(full_model, DENSE) as llm:
+        got = ask(llm, prompts, 16)
+    assert [a.tokens for a in got] == [a.tokens for a in want]
+
+
+RULES = {
+    "max": MAX,
+    "paper": {"preset": "max", "policy": "magnitude", "value_axis": "token"},
+    "mixed": {"key_sparsity": 0.5, "value_sparsity": 0.75, "sink_tokens": 4, "local_window": 0},
+}
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_logits_equal_an_independent_simulation_whatever_the_chunk_size(model, tokens, name):
+    """Logits of the top tokens at every position, prompt and decode.
+
+    A choice between values whose scores are equal up to rounding may fall differently in two implementations, and then
+    one key differs (the simulation in float32 against itself in float64 shows the same): so one position in 200
+    may be further off than 1e-3, none more than 0.05.
+    """
+    from vllm import SamplingParams
+
+    prompt, n = tokens[:1500], 8
+    options = RULES[name]
+    rule = simulation.Rule(
+        key_sparsity=options.get("key_sparsity", 1), value_sparsity=options.get("value_sparsity", 1),
+        **{k: v for k, v in options.items() if k not in ("preset", "key_sparsity", "value_sparsity")},
+    )  # fmt: skip
+    chunks = (300, 8192) if name == "max" else (1000,)
+    answers = []
+    for chunk in chunks:
+        kw = {"max_num_batched_tokens": chunk, "logprobs_mode": "raw_logits"}
+        with engine(model, options, enable_prefix_caching=False, **kw) as llm:
+            sampling = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, prompt_logprobs=3, logprobs=3)
+            (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+            answers.append((list(output.outputs[0].token_ids), output.prompt_logprobs[1:] + output.outputs[0].logprobs))
+    sequence = prompt + answers[0][0][:-1]
+    want = simulation.logits(model, sequence, rule)
+    dense = simulation.logits(model, sequence, None)
+    assert (want[768:] - dense[768:]).abs().max() > 0.1, "compression must show, or this test proves nothing"
+    for chosen, positions in answers:
+        assert chosen == answers[0][0]
+        assert len(positions) == len(sequence)
+        off = torch.tensor(
+            [max(abs(x.logprob - want[i, t].item()) for t, x in p.items()) for i, p in enumerate(positions)]
+        )
+        assert (off > 1e-3).float().mean() <= 0.005 and off.max() < 0.05, (off.max(), (off > 1e-3).sum())
+
+
+def test_pages_and_their_dense_oracle_give_the_same_bits(model, tokens):
+    answers = []
+    for storage in ("compressed", "dense_page"):
+        with engine(model, {**MAX, "value_sparsity": 0.5, "storage": storage}, enable_prefix_caching=False) as llm:
+            answers.append(ask(llm, [tokens[:700], tokens[300:2000]], 12))
+    assert answers[0] == answers[1]
+
+
+def test_option_chunk_reads_the_own_chunk_dense(model, tokens, stock):
+    """A prompt of one chunk is then prefilled like stock; by position it is not."""
+    first = {}
+    for prefill in ("chunk", "position"):
+        options = {"preset": "max", "prefill": prefill, "policy": "magnitude", "value_axis": "token"}
+        with engine(model, options, max_num_batched_tokens=8192, enable_prefix_caching=False) as llm:
+            (answer,) = ask(llm, [tokens[:2500]], 1)
+            first[prefill] = answer.logprobs[0]
+    assert first["chunk"] == pytest.approx(stock[2500].logprobs[0], abs=1e-3)
+    assert abs(first["position"] - stock[2500].logprobs[0]) > 5e-3
+
+
+def test_every_layer_has_a_window_and_the_groups_share_one_page_size(model):
+    with engine(model, MAX) as llm:
+        names = [type(layer).__name__ for layer in layers(llm).values()]
+        assert names.count("WindowCache") == names.count("Attention") == 6
+        groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+        assert [type(g.kv_cache_spec).__name__ for g in groups] == ["FullAttentionSpec", "SlidingWindowSpec"]
+        assert {g.kv_cache_spec.page_size_bytes for g in groups} == {3 * 69_760}
