@@ -48,7 +48,12 @@ def run(args: argparse.Namespace) -> None:
     runner = engine.model_executor.driver_worker.worker.model_runner
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     groups = [
-        (type(g.kv_cache_spec).__name__, g.kv_cache_spec.block_size, g.kv_cache_spec.page_size_bytes, len(g.layer_names))
+        (
+            type(g.kv_cache_spec).__name__,
+            g.kv_cache_spec.block_size,
+            g.kv_cache_spec.page_size_bytes,
+            len(g.layer_names),
+        )
         for g in engine.scheduler.kv_cache_config.kv_cache_groups
     ]
     impls = sorted({type(layer.impl).__name__ for layer in context.values() if hasattr(layer, "impl")})
@@ -88,7 +93,11 @@ def compare(name: str, mine: dict, rival: dict) -> bool:
         other, other_logprobs, gaps, _ = rival[case]
         same = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
         change = max((abs(a - b) for a, b in zip(logprobs[:same], other_logprobs)), default=0.0)
-        flip = "all tokens equal" if same == len(tokens) else f"differs at token {same} (rival's top-2 gap {gaps[same]:.3f})"
+        flip = (
+            "all tokens equal"
+            if same == len(tokens)
+            else f"differs at token {same} (rival's top-2 gap {gaps[same]:.3f})"
+        )
         print(f"  {name:34} {case:11} cached {cached or 0:5}  max |dlogprob| {change:.1e}  {flip}")
         good &= all(x == x for x in logprobs)
     return good
@@ -111,7 +120,7 @@ def main() -> int:
         return 0
     done, children = {}, {}
     for arm in ARMS:
-        log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+        log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 (read after its writer has ended)
         command = [sys.executable, __file__, *sys.argv[1:], "--child", arm]
         env = os.environ | {"HF_HUB_OFFLINE": "1"}
         children[arm] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env), log
@@ -122,7 +131,7 @@ def main() -> int:
         lines = Path(log.name).read_text().splitlines()
         for line in lines:
             if "HieraSparse:" in line and "since start" not in line or line.startswith("INFO {"):
-                print(f"  [{arm}] {line[line.find('HieraSparse'):] if 'HieraSparse:' in line else line}")
+                print(f"  [{arm}] {line[line.find('HieraSparse') :] if 'HieraSparse:' in line else line}")
         if child.returncode:
             print("\n".join(lines[-40:]), f"arm {arm!r} failed, see above", sep="\n")
             return 1

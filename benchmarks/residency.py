@@ -117,9 +117,16 @@ def main() -> int:
             f"{n:9,} {stock:15,} {stock_blocks:7,} {ours:15,} {our_blocks:7,} {ours / stock:7.4f}  "
             f"{'' if target is None else f'{target:.2f} ' + ('met' if ok else 'MISSED')}"
         )
-        case = {"tokens": n, "model": args.model or "tiny-dummy", "layers": args.layers, "options": json.loads(args.options)}
+        case = {
+            "tokens": n,
+            "model": Path(args.model).name if args.model else "tiny-dummy",
+            "layers": args.layers,
+            "options": json.loads(args.options),
+        }
         rows.append(
-            results.row(f"resident-bytes-{n}", "residency", case, ours, stock, "stock", "bytes", less_is_better=True, gate=ok)
+            results.row(
+                f"resident-bytes-{n}", "residency", case, ours, stock, "stock", "bytes", less_is_better=True, gate=ok
+            )
         )
     if args.out:
         results.write(args.out, rows)

@@ -89,15 +89,18 @@ def layer_tables(options: Options, vllm_config: Any, layer: str, kv_heads: int, 
         raise ValueError(f"HieraSparse: the tables file {path!r} does not exist; check the option 'tables'")
     try:
         with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            found = {kind: f.get_tensor(f"{layer}.{kind}") for kind in KINDS if f"{layer}.{kind}" in f.keys()}
+            metadata, names = f.metadata() or {}, set(f.keys())
+            found = {kind: f.get_tensor(f"{layer}.{kind}") for kind in KINDS if f"{layer}.{kind}" in names}
     except SafetensorError as error:
         raise ValueError(
-            f"HieraSparse: the tables file {path!r} cannot be read ({error}); it must be a safetensors file of format {FORMAT}"
+            f"HieraSparse: the tables file {path!r} cannot be read ({error}); it must be a safetensors file of "
+            f"format {FORMAT}"
         ) from error
     _check_metadata(path, metadata, fingerprint(vllm_config.model_config.hf_text_config))
     if not found:
-        raise ValueError(f"HieraSparse: the tables file {path!r} has nothing for layer {layer!r}; make it for this model")
+        raise ValueError(
+            f"HieraSparse: the tables file {path!r} has nothing for layer {layer!r}; make it for this model"
+        )
     total = vllm_config.model_config.get_total_num_kv_heads()
     for kind, table in found.items():
         _check_table(path, f"{layer}.{kind}", kind, table, (total, head_size))
@@ -112,8 +115,8 @@ def layer_tables(options: Options, vllm_config: Any, layer: str, kv_heads: int, 
 def _check_metadata(path: str, metadata: dict[str, str], model: str) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"HieraSparse: the tables file {path!r} has format {metadata.get('format')!r}, this version reads {FORMAT!r}; "
-            "make the tables again"
+            f"HieraSparse: the tables file {path!r} has format {metadata.get('format')!r}, this version reads "
+            f"{FORMAT!r}; make the tables again"
         )
     if metadata.get("model") != model:
         raise ValueError(
@@ -125,7 +128,8 @@ def _check_metadata(path: str, metadata: dict[str, str], model: str) -> None:
 def _check_table(path: str, name: str, kind: str, table: torch.Tensor, shape: tuple[int, int]) -> None:
     if tuple(table.shape) != shape:
         raise ValueError(
-            f"HieraSparse: {name} in the tables file {path!r} has shape {list(table.shape)}, the model needs {list(shape)}"
+            f"HieraSparse: {name} in the tables file {path!r} has shape {list(table.shape)}, the model needs "
+            f"{list(shape)}"
         )
     if kind == "k_weight":
         if not (table.isfinite().all() and (table >= 0).all()):

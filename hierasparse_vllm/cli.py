@@ -39,7 +39,9 @@ def doctor(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"{name:18} -")
     if importlib.util.find_spec("vllm") is None:
-        problems.append("vLLM is not installed: pip install vllm (on a machine without a GPU: see README, `make demo`).")
+        problems.append(
+            "vLLM is not installed: pip install vllm (on a machine without a GPU: see README, `make demo`)."
+        )
     entry = importlib.metadata.entry_points(group="vllm.general_plugins")
     if "hierasparse" not in {e.name for e in entry}:
         problems.append("the plugin's entry point is missing: pip install hierasparse-vllm.")

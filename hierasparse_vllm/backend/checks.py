@@ -47,7 +47,9 @@ def selection(f: dict[str, Any]) -> list[str]:
     kind = getattr(kind, "value", kind)  # an enum of strings
     refuse(kind != "decoder", f"{kind} attention is not supported, only causal decoder layers are; {_PER_KIND}")
     refuse(f.get("has_sliding_window"), f"sliding-window layers already keep few tokens; {_PER_KIND}")
-    refuse(f.get("use_kv_connector"), "KV connectors would move the pages without the window; remove --kv-transfer-config")
+    refuse(
+        f.get("use_kv_connector"), "KV connectors would move the pages without the window; remove --kv-transfer-config"
+    )
     parallel = f.get("use_dcp") or f.get("use_pcp")
     refuse(
         parallel,
@@ -66,9 +68,7 @@ def engine(vllm_config: Any) -> list[str]:
             "would be saved; remove --disable-hybrid-kv-cache-manager (or the feature that switches the manager off)."
         )
     if vllm_config.kv_transfer_config is not None:
-        out.append(
-            "HieraSparse: KV connectors would move the pages without the window; remove --kv-transfer-config."
-        )
+        out.append("HieraSparse: KV connectors would move the pages without the window; remove --kv-transfer-config.")
     if compat.context_parallel(vllm_config):
         out.append(
             "HieraSparse: context parallelism splits the tokens of a page; use tensor parallelism instead of "

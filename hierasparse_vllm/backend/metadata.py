@@ -83,8 +83,8 @@ class PageBuilder(_Builder):
         if spec.page_size_bytes != want:
             refuse(
                 [
-                    f"HieraSparse: another layer of this model has a larger KV page, so vLLM pads ours from {want:,} to "
-                    f"{spec.page_size_bytes:,} bytes and the saving is lost; serve this model without "
+                    f"HieraSparse: another layer of this model has a larger KV page, so vLLM pads ours from {want:,} "
+                    f"to {spec.page_size_bytes:,} bytes and the saving is lost; serve this model without "
                     "--attention-backend CUSTOM (a draft model with its own cache has the same effect)."
                 ]
             )

@@ -45,9 +45,9 @@ class Report:
         o, blocks, device = self.options, len(window), window.device.type
         page, dense = layout.page_bytes(kv_heads), kv_heads * layout.dense_head_bytes
         logger.info(
-            "HieraSparse: backend CUSTOM (hierasparse_vllm %s) with ops %s on %s: policy %s, K sparsity %g, V sparsity %g "
-            "along %s, local window %d tokens, %d sink tokens, storage %s; %s bytes per page of %d tokens and layer, "
-            "%.1f %% of dense (%s)",
+            "HieraSparse: backend CUSTOM (hierasparse_vllm %s) with ops %s on %s: policy %s, K sparsity %g, V sparsity "
+            "%g along %s, local window %d tokens, %d sink tokens, storage %s; %s bytes per page of %d tokens and "
+            "layer, %.1f %% of dense (%s)",
             __version__, ops, device, o.policy + (" with tables" if o.tables else ""), o.key_sparsity, o.value_sparsity,
             o.value_axis, o.local_window, o.sink_tokens, o.storage, f"{page:,}", PAGE_TOKENS, 100 * page / dense,
             f"{dense:,}",
@@ -55,7 +55,9 @@ class Report:
         dense_block = DENSE_BLOCK.get(device, 16)
         fits = []
         for n in sorted({*LENGTHS, self.config.model_config.max_model_len}):
-            ours = (blocks - 1) // blocks_in_decode(n, rule.window_tokens, window.shape[2])  # block 0 is vLLM's null block
+            ours = (blocks - 1) // blocks_in_decode(
+                n, rule.window_tokens, window.shape[2]
+            )  # block 0 is vLLM's null block
             stock = blocks * page // (-(-n // dense_block) * dense_block * dense // PAGE_TOKENS)
             fits.append(f"{n:,} tokens {ours:,} / {stock:,}")
         logger.info(

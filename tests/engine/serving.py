@@ -41,7 +41,8 @@ def engine(model: str, options: dict | None, **kw):
             assert "HieraSparseImpl" not in implementations(llm)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()  # the client's: it also disarms its finalizer, which would hit the next one
+        # The client's shutdown: it also disarms its finalizer, which would strike the next engine.
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 

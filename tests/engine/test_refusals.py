@@ -23,7 +23,12 @@ def start(tmp_path, config=LLAMA, options=None, **kw):
     if options is not None:
         kw["additional_config"] = {"hierasparse": options}
     return LLM(
-        str(tmp_path), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, max_num_batched_tokens=512, **kw
+        str(tmp_path),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_num_batched_tokens=512,
+        **kw,
     )
 
 

@@ -116,7 +116,9 @@ def test_a_long_request_holds_its_pages_and_only_a_few_window_blocks(llm, tokens
     """Counted in blocks that vLLM handed out (bytes at 8 192 tokens: test_residency.py)."""
     from vllm import SamplingParams
 
-    llm.llm_engine.add_request("r", {"prompt_token_ids": tokens[:2900]}, SamplingParams(max_tokens=200, ignore_eos=True))
+    llm.llm_engine.add_request(
+        "r", {"prompt_token_ids": tokens[:2900]}, SamplingParams(max_tokens=200, ignore_eos=True)
+    )
     pages, window, decoded = [], set(), 0
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():

@@ -1,4 +1,4 @@
-"""The engine computes what the rules say: dense is stock, compressed is an independent simulation, chunks change nothing."""
+"""The engine computes what the rules say: dense is stock, compressed is a simulation, chunks change nothing."""
 
 import pytest
 import torch

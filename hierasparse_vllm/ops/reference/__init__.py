@@ -47,9 +47,9 @@ class ReferenceOps:
     ) -> None:
         for request in batch.requests:
             rows = slice(request.first_row, request.first_row + request.queries)
-            out[rows] = self._attend_request(
-                query[rows], request, batch, window, pages, layout, tables, scale
-            ).to(out.dtype)
+            out[rows] = self._attend_request(query[rows], request, batch, window, pages, layout, tables, scale).to(
+                out.dtype
+            )
 
     def _attend_request(
         self,

@@ -30,8 +30,8 @@ def unpack(
     Returns
     -------
     k, v : Tensor [H, n * 256, D]
-        Views of buffers that the next call overwrites (an engine attends one layer at a time): fresh memory would cost as much time (page
-        faults) as the unpacking.
+        Views of buffers that the next call overwrites (an engine attends one layer at a time): fresh memory would cost
+        as much time, in page faults, as the unpacking.
     """
     k = _unpack_side("k", tables.k_order, pages, ids, layout)
     v = _unpack_side("v", tables.v_order, pages, ids, layout)

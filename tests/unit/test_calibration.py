@@ -1,0 +1,262 @@
+"""Tables files: what is saved is loaded, on every tensor-parallel rank its share; every bad file is refused by name."""
+
+import json
+import os
+import struct
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hierasparse_vllm import calibration
+from hierasparse_vllm.calibration import fingerprint, layer_tables, save
+from hierasparse_vllm.options import Options
+from hierasparse_vllm.policy import default_tables
+
+LAYER, HEADS, D = "model.layers.3.self_attn.attn", 4, 64
+HF = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": HEADS,
+    "head_dim": D,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "rope_theta": 1e4,
+    "rope_parameters": {"rope_type": "default", "factor": 2.0},
+    "rope_scaling": None,
+}
+MODEL = fingerprint(types.SimpleNamespace(**HF))
+FORMAT = {"format": "hierasparse-tables-1"}
+
+
+def vllm_config(tp=1, heads=HEADS, **changes):
+    """As much of a VllmConfig as calibration reads."""
+    model = types.SimpleNamespace(
+        hf_text_config=types.SimpleNamespace(**{**HF, **changes}), get_total_num_kv_heads=lambda: heads
+    )
+    return types.SimpleNamespace(model_config=model, parallel_config=types.SimpleNamespace(tensor_parallel_size=tp))
+
+
+def some_tables(heads=HEADS, d=D, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "k_order": torch.stack([torch.randperm(d, generator=gen) for _ in range(heads)]),
+        "v_order": torch.stack([torch.randperm(d, generator=gen) for _ in range(heads)]),
+        "k_weight": torch.rand(heads, d, generator=gen),
+    }
+
+
+def write(path, kinds=("k_order", "v_order", "k_weight"), layer=LAYER, heads=HEADS, **changes):
+    """Save tables of one layer; returns them."""
+    tables = {**some_tables(heads), **changes}
+    save(path, {f"{layer}.{kind}": tables[kind] for kind in kinds}, MODEL)
+    return {kind: tables[kind] for kind in kinds}
+
+
+def load(path, config=None, layer=LAYER, heads=HEADS, d=D, **options):
+    return layer_tables(Options(tables=str(path), **options), config or vllm_config(), layer, heads, d)
+
+
+def refusal(path, **arguments):
+    """The sentence with which a file is refused; it names the file."""
+    with pytest.raises(ValueError) as caught:
+        load(path, **arguments)
+    text = str(caught.value)
+    assert text.startswith("HieraSparse: ") and "\n" not in text and ". " not in text
+    assert repr(str(path)) in text
+    return text
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tables.safetensors"
+
+
+# ---- what is saved is loaded ---------------------------------------------------------------------------------------
+def test_round_trip(path):
+    want, got = write(path), load(path)
+    assert torch.equal(got.k_order, want["k_order"]) and got.k_order.dtype == torch.int64
+    assert torch.equal(got.v_order, want["v_order"]) and got.v_order.dtype == torch.int64
+    assert torch.equal(got.k_weight, want["k_weight"]) and got.k_weight.dtype == torch.float32
+
+
+def test_each_layer_gets_its_own_tables(path):
+    layers = {name: some_tables(seed=i) for i, name in enumerate(("layers.1.attn", "layers.11.attn", "ayers.1.attn"))}
+    flat = {f"{layer}.{kind}": t for layer, tables in layers.items() for kind, t in tables.items()}
+    save(path, flat, MODEL)
+    for layer, tables in layers.items():
+        assert torch.equal(load(path, layer=layer).k_order, tables["k_order"])
+
+
+@pytest.mark.parametrize("policy", ["strided", "magnitude"])
+def test_what_a_file_does_not_have_comes_from_the_policy(path, policy):
+    defaults = default_tables(policy, HEADS, D)
+    for kind in ("k_order", "v_order", "k_weight"):
+        want, got = write(path, [kind]), load(path, policy=policy)
+        assert torch.equal(getattr(got, kind), want[kind])
+        for other in {"k_order", "v_order"} - {kind}:
+            assert torch.equal(getattr(got, other), getattr(defaults, other))
+        assert (got.k_weight is None) == (kind != "k_weight")
+
+
+def test_without_a_file_the_policy_alone_decides():
+    got = layer_tables(Options(policy="magnitude"), None, LAYER, HEADS, D)
+    assert torch.equal(got.k_order, default_tables("magnitude", HEADS, D).k_order) and got.k_weight is None
+
+
+def test_saved_file_says_what_it_is_and_holds_small_types(path):
+    write(path, k_order=some_tables()["k_order"].t().contiguous().t())  # not contiguous: safetensors alone would refuse
+    tables = {"a.k_order": some_tables()["k_order"], "a.k_weight": torch.ones(HEADS, D).double()}
+    save(path, tables, "f00", "the command")
+    header = path.read_bytes()
+    header = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
+    assert header["__metadata__"] == {**FORMAT, "model": "f00", "command": "the command"}
+    assert (header["a.k_order"]["dtype"], header["a.k_weight"]["dtype"]) == ("I32", "F32")
+
+
+# ---- fingerprint ---------------------------------------------------------------------------------------------------
+def test_fingerprint_does_not_change_between_versions():
+    """Golden: if it changes, files that users have already made are refused."""
+    assert MODEL == "9c823ae14cbbb658"
+
+
+@pytest.mark.parametrize("key", HF)
+def test_fingerprint_differs_when_a_shape_or_rotary_setting_does(key):
+    other = {**HF, key: {"rope_type": "yarn"} if "rope_" in key else "x" if key == "model_type" else HF[key] + 1}
+    assert fingerprint(types.SimpleNamespace(**other)) != MODEL
+
+
+def test_fingerprint_ignores_other_settings_and_the_order_of_keys():
+    turned = {**HF, "rope_parameters": dict(reversed(HF["rope_parameters"].items())), "transformers_version": "9"}
+    assert fingerprint(types.SimpleNamespace(**turned)) == MODEL
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+def test_a_missing_file_is_refused(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "none.safetensors")
+    assert "option 'tables'" in refusal(tmp_path), "a folder is no file"
+
+
+NO_SAFETENSORS = [b"", b"garbage", b"PK\x03\x04" * 100, struct.pack("<Q", 1 << 60), b"\x10" + bytes(31)]
+
+
+@pytest.mark.parametrize("data", NO_SAFETENSORS)
+def test_a_file_that_is_no_safetensors_is_refused(path, data):
+    path.write_bytes(data)
+    assert "cannot be read" in refusal(path)
+
+
+def test_a_truncated_file_is_refused(path):
+    write(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_refused(path):
+    write(path)
+    path.chmod(0)
+    assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "hierasparse-tables-0"}, {"format": "pt"}])
+def test_another_format_is_refused(path, metadata):
+    save_file({f"{LAYER}.k_order": some_tables()["k_order"].int()}, str(path), metadata=metadata)
+    assert "'hierasparse-tables-1'" in refusal(path)
+
+
+def test_tables_of_another_model_are_refused(path):
+    write(path)
+    text = refusal(path, config=vllm_config(rope_theta=5e5))
+    assert "another model" in text
+    assert MODEL in text
+
+
+def test_tables_without_a_model_are_refused(path):
+    save_file({f"{LAYER}.k_order": some_tables()["k_order"].int()}, str(path), metadata=FORMAT)
+    assert "another model" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "layer", [LAYER.replace("3", "4"), LAYER.removeprefix("model."), LAYER + ".hierasparse_window"]
+)
+def test_a_layer_that_the_file_does_not_have_is_refused(path, layer):
+    write(path)
+    text = refusal(path, layer=layer)
+    assert f"nothing for layer {layer!r}" in text
+
+
+@pytest.mark.parametrize("kind", calibration.KINDS)
+@pytest.mark.parametrize("shape", [(HEADS - 1, D), (HEADS, D // 2), (D, HEADS), (HEADS * D,), (1, HEADS, D)], ids=str)
+def test_a_wrong_shape_is_refused(path, kind, shape):
+    write(path, [kind], **{kind: torch.zeros(shape)})
+    text = refusal(path)
+    assert f"{LAYER}.{kind}" in text and str(list(shape)) in text and str([HEADS, D]) in text
+
+
+def swap(order, head, place, value):
+    order = order.clone()
+    order[head, place] = value
+    return order
+
+
+@pytest.mark.parametrize("kind", ["k_order", "v_order"])
+@pytest.mark.parametrize("value", [-1, D, 1_000_000])
+def test_an_order_that_is_no_permutation_is_refused(path, kind, value):
+    write(path, **{kind: swap(some_tables()[kind], HEADS - 1, D - 1, value)})
+    assert f"{LAYER}.{kind}" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["k_order", "v_order"])
+def test_a_repeated_channel_is_refused(path, kind):
+    order = some_tables()[kind]
+    write(path, **{kind: swap(order, 0, 0, order[0, 1])})
+    assert "not a permutation" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-30, torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(path, value):
+    write(path, k_weight=swap(some_tables()["k_weight"], 2, 5, value))
+    text = refusal(path)
+    assert f"{LAYER}.k_weight" in text and "finite and not negative" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_another_type_are_refused_or_become_float32(path, dtype):
+    """`LayerTables` promises float32, whoever wrote the file: kernels will read the bytes."""
+    weight = some_tables()["k_weight"].to(dtype)
+    save_file({f"{LAYER}.k_weight": weight}, str(path), metadata={**FORMAT, "model": MODEL})
+    try:
+        got = load(path).k_weight
+    except ValueError as refused:
+        assert "k_weight" in str(refused)
+    else:
+        assert got.dtype == torch.float32
+
+
+def test_weights_of_zero_are_taken(path):
+    write(path, k_weight=torch.zeros(HEADS, D))
+    assert not load(path).k_weight.any()
+
+
+# ---- tensor parallelism --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("total, size", [(4, 1), (4, 2), (4, 4), (8, 2), (2, 4), (2, 8), (1, 4)])
+def test_ranks_get_the_heads_that_vllm_gives_them(path, monkeypatch, total, size):
+    """Ranks share heads in blocks; with fewer heads than ranks, neighbouring ranks hold copies of one head."""
+    want = write(path, heads=total)
+    per_rank = max(1, total // size)
+    copies = max(1, size // total)
+    seen = []
+    for rank in range(size):
+        fake = types.SimpleNamespace(get_tensor_model_parallel_rank=lambda rank=rank: rank)
+        monkeypatch.setitem(sys.modules, "vllm.distributed", fake)  # the real one takes long to import
+        got = load(path, vllm_config(size, total), heads=per_rank)
+        mine = range(rank // copies * per_rank, rank // copies * per_rank + per_rank)
+        seen += mine
+        for kind, table in want.items():
+            assert torch.equal(getattr(got, kind), table[list(mine)]), f"{kind} of rank {rank}"
+    assert sorted(seen) == sorted(list(range(total)) * copies), "every head is served"

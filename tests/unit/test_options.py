@@ -1,0 +1,210 @@
+"""The user's options: defaults, presets and overrides; every mistake is one sentence with the key and the choices."""
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+
+import pytest
+
+from hierasparse_vllm.options import PRESETS, Options, json_schema
+
+DEFAULTS = {
+    "preset": "balanced",
+    "key_sparsity": 1.0,
+    "value_sparsity": 0.5,
+    "local_window": 256,
+    "sink_tokens": 0,
+    "policy": "strided",
+    "value_axis": "channel",
+    "tables": None,
+    "storage": "compressed",
+    "prefill": "position",
+    "log_interval": 10.0,
+}
+SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "options.schema.json"
+
+
+def read(section):
+    """Options from an ``--additional-config`` with this section."""
+    return Options.from_additional_config({"hierasparse": section})
+
+
+def refusal(section):
+    """The sentence with which a section is refused."""
+    with pytest.raises(ValueError) as caught:
+        read(section)
+    return str(caught.value)
+
+
+# ---- what is taken -------------------------------------------------------------------------------------------------
+def test_defaults():
+    assert dataclasses.asdict(read({})) == DEFAULTS
+    assert dataclasses.asdict(Options()) == DEFAULTS
+
+
+@pytest.mark.parametrize("config", [{}, {"other": {"preset": "nonsense"}}, None, "text", 5, [("hierasparse", 1)]])
+def test_without_a_section_the_defaults_hold(config):
+    assert Options.from_additional_config(config) == Options()
+
+
+def test_any_mapping_may_be_the_configuration():
+    config = types.MappingProxyType({"hierasparse": types.MappingProxyType({"preset": "max"})})
+    assert Options.from_additional_config(config).value_sparsity == 1.0
+
+
+@pytest.mark.parametrize("preset, sparse", [("quality", (2, 2)), ("balanced", (4, 2)), ("max", (4, 4))])
+def test_presets_set_both_sparsities_and_nothing_else(preset, sparse):
+    options = read({"preset": preset})
+    assert (options.sparse_k, options.sparse_v) == sparse
+    changed = {k for k, v in dataclasses.asdict(options).items() if v != DEFAULTS[k]}
+    assert changed <= {"preset", "key_sparsity", "value_sparsity"}
+
+
+def test_an_option_beside_a_preset_wins_in_any_order():
+    for section in ({"preset": "max", "value_sparsity": 0.25}, {"value_sparsity": 0.25, "preset": "max"}):
+        assert (read(section).sparse_k, read(section).sparse_v) == (4, 1)
+
+
+@pytest.mark.parametrize("value, subs", [(0, 0), (0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1, 4), (1.0, 4)])
+def test_sparsities_are_quarters(value, subs):
+    options = read({"key_sparsity": value, "value_sparsity": value})
+    assert options.sparse_k == options.sparse_v == subs
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("local_window", 0),
+        ("local_window", 256),
+        ("local_window", 65_536),
+        ("sink_tokens", 64),
+        ("policy", "magnitude"),
+        ("value_axis", "token"),
+        ("tables", "/some/file.safetensors"),
+        ("tables", None),
+        ("storage", "dense_page"),
+        ("prefill", "chunk"),
+        ("log_interval", 0),
+        ("log_interval", 0.5),
+        ("log_interval", 3600),
+    ],
+)
+def test_allowed_values_are_taken_as_they_are(key, value):
+    assert getattr(read({key: value}), key) == value
+
+
+def test_options_cannot_be_changed_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().preset = "max"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+QUARTERS = ("0", "0.25", "0.5", "0.75", "1")
+WRONG = {
+    "preset": ["Balanced", "", None, 1, True, ["max"], {"name": "max"}],
+    "key_sparsity": [0.3, 0.51, -0.25, 1.25, 2, 50, True, False, "0.5", None, math.nan, math.inf, [0.5]],
+    "value_sparsity": [0.1, True, False, "1", None, math.nan],
+    "local_window": [100, 255, 257, -256, 128.0, 0.5, True, False, "256", None, math.nan, math.inf, [256]],
+    "sink_tokens": [65, -1, 1.5, True, False, "4", None, math.nan, -math.inf, {}],
+    "policy": ["greedy", None, 0, True, []],
+    "value_axis": ["channels", "tokens", None, 1, True],
+    "tables": [1, True, 0.0, ["a"], {}, math.nan],
+    "storage": ["dense", None, True, 1],
+    "prefill": ["chunks", None, False, 0],
+    "log_interval": [-1, -0.001, "10", None, True, False, math.nan, -math.inf, [1]],
+}
+WRONG_PAIRS = [(key, value) for key, wrong in WRONG.items() for value in wrong]
+ALLOWED = {
+    "preset": ("'quality'", "'balanced'", "'max'"),
+    "key_sparsity": QUARTERS,
+    "value_sparsity": QUARTERS,
+    "local_window": ("whole numbers from 0", "steps of 256"),
+    "sink_tokens": ("whole numbers from 0 to 64",),
+    "policy": ("'magnitude'", "'strided'"),
+    "value_axis": ("'channel'", "'token'"),
+    "tables": ("a path or null",),
+    "storage": ("'compressed'", "'dense_page'"),
+    "prefill": ("'position'", "'chunk'"),
+    "log_interval": ("numbers from 0",),
+}
+
+
+def test_every_option_is_in_these_tests():
+    assert set(WRONG) == set(ALLOWED) == set(DEFAULTS) == {f.name for f in dataclasses.fields(Options)}
+
+
+def is_one_sentence(text):
+    return text.startswith("HieraSparse: ") and "\n" not in text and ". " not in text
+
+
+@pytest.mark.parametrize("key, value", WRONG_PAIRS, ids=repr)
+def test_a_wrong_value_is_refused_in_one_sentence_with_key_value_and_choices(key, value):
+    text = refusal({key: value})
+    assert is_one_sentence(text)
+    assert repr(key) in text and f"is {value!r};" in text
+    choices = text.split("allowed are ")[1]
+    assert all(choice in choices for choice in ALLOWED[key])
+
+
+@pytest.mark.parametrize("key, value", [(key, wrong[0]) for key, wrong in WRONG.items()], ids=repr)
+def test_a_wrong_value_is_refused_by_the_constructor_too(key, value):
+    with pytest.raises(ValueError, match=f"option '{key}'"):
+        Options(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["keysparsity", "Preset", "", "local-window", 5, None])
+def test_an_unknown_key_is_refused_with_all_known_ones(key):
+    text = refusal({"preset": "max", key: 1})
+    assert is_one_sentence(text) and f"unknown option {key!r}" in text
+    assert all(known in text for known in DEFAULTS)
+
+
+@pytest.mark.parametrize("section", ["max", 5, None, True, ["preset", "max"], 0.5], ids=repr)
+def test_a_section_that_is_no_object_is_refused(section):
+    text = refusal(section)
+    assert is_one_sentence(text)
+    assert "'hierasparse'" in text and repr(section) in text and '{"preset": "balanced"}' in text
+
+
+# ---- schema --------------------------------------------------------------------------------------------------------
+def is_json(value):
+    """Whether JSON has the value; NaN and the infinities it has not."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.fixture(scope="module")
+def validator():
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    return jsonschema.Draft202012Validator(json_schema())
+
+
+def test_schema_takes_defaults_presets_and_nothing_unknown(validator):
+    assert validator.is_valid({}) and validator.is_valid(DEFAULTS)
+    for name, values in PRESETS.items():
+        assert validator.is_valid({"preset": name, **values})
+    assert not validator.is_valid({"presets": "max"})
+    assert not validator.is_valid("max")
+
+
+def test_schema_tells_the_defaults_and_describes_every_option():
+    properties = json_schema()["properties"]
+    assert {key: schema["default"] for key, schema in properties.items()} == DEFAULTS
+    assert all(schema["description"].endswith(".") for schema in properties.values())
+
+
+def test_schema_survives_json():
+    assert json.loads(json.dumps(json_schema())) == json_schema()
+
+
+@pytest.mark.parametrize("key, value", [pair for pair in WRONG_PAIRS if is_json(pair[1])], ids=repr)
+def test_schema_refuses_what_options_refuse(key, value, validator):
+    assert not validator.is_valid({key: value})
+
+
+def test_schema_file_in_the_docs_is_the_schema():
+    if not SCHEMA_FILE.exists():
+        pytest.skip(f"{SCHEMA_FILE} is not written yet")
+    assert json.loads(SCHEMA_FILE.read_text()) == json_schema()
