@@ -108,7 +108,7 @@ def layer_tables(options: Options, vllm_config: Any, layer: str, kv_heads: int, 
     return LayerTables(
         k_order=found.get("k_order", defaults.k_order).long(),
         v_order=found.get("v_order", defaults.v_order).long(),
-        k_weight=found.get("k_weight"),
+        k_weight=found["k_weight"].float() if "k_weight" in found else None,
     )
 
 

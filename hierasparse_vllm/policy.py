@@ -16,6 +16,8 @@ from hierasparse_vllm.page import SUB_TOKENS, SUBS
 
 POLICIES = ("magnitude", "strided")
 
+BITS = {2: torch.int16, 4: torch.int32}
+
 LOSS_BITS = 16
 """Pruning losses are integers, in units of 2^-16 of the page's largest score (rounded up to a power of two)."""
 
@@ -107,14 +109,20 @@ def choose(x: torch.Tensor, order: torch.Tensor, weight: torch.Tensor | None, ax
     return Choice(groups, codes, chosen)
 
 
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as integers of its itemsize: on a CPU, PyTorch moves 16-bit floats through float32, which changes NaNs."""
+    return x.contiguous().view(BITS[x.dtype.itemsize])
+
+
 def to_groups(x: torch.Tensor, order: torch.Tensor, axis: str) -> torch.Tensor:
     """Arrange ``x`` [n, H, 256, D] as [n, H, SUBS, groups, 4]."""
     n, h, tokens, d = x.shape
+    bits = as_bits(x)
     if axis == "token":
-        x = x.reshape(n, h, tokens // 4, 4, d).transpose(3, 4)
+        bits = bits.reshape(n, h, tokens // 4, 4, d).transpose(3, 4)
     else:
-        x = x.gather(3, order[None, :, None].expand(n, h, tokens, d))
-    return x.reshape(n, h, SUBS, SUB_TOKENS * d // 4, 4)
+        bits = bits.gather(3, order[None, :, None].expand(n, h, tokens, d))
+    return bits.reshape(n, h, SUBS, SUB_TOKENS * d // 4, 4).view(x.dtype)
 
 
 def from_groups(groups: torch.Tensor, order: torch.Tensor, axis: str) -> torch.Tensor:
@@ -124,8 +132,8 @@ def from_groups(groups: torch.Tensor, order: torch.Tensor, axis: str) -> torch.T
     tokens = SUBS * SUB_TOKENS
     if axis == "token":
         return groups.reshape(n, h, tokens // 4, d, 4).transpose(3, 4).reshape(n, h, tokens, d)
-    x = groups.reshape(n, h, tokens, d)
-    return torch.empty_like(x).scatter_(3, order[None, :, None].expand(n, h, tokens, d), x)
+    bits = as_bits(groups).reshape(n, h, tokens, d)
+    return torch.empty_like(bits).scatter_(3, order[None, :, None].expand(n, h, tokens, d), bits).view(groups.dtype)
 
 
 def keep_codes(score: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,11 @@
-"""What all tests share: the `device` parameter, skipping GPU tests without a GPU, reproducible Hypothesis."""
+"""What all tests share: the `device` parameter, and skipping GPU tests without a GPU."""
 
 import os
 
 import pytest
-from hypothesis import settings
 
 # Before PyTorch is imported: with two OpenMP threads on two busy cores the unit tests take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# Derandomized: a red test is red again on the next run, here and in CI.  Numba compiles inside a test, so no deadline.
-settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
-settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):

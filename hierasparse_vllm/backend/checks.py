@@ -31,9 +31,10 @@ def selection(f: dict[str, Any]) -> list[str]:
     refuse(f["head_size"] not in HEAD_SIZES, f"head size {f['head_size']} is not supported (only {sizes}); {_OTHER}")
     names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     refuse(f["dtype"] not in DTYPES, f"dtype {f['dtype']} is not supported (only {names}); choose one with --dtype")
+    cache = f.get("kv_cache_dtype")
     refuse(
-        f.get("kv_cache_dtype") not in (None, *KV_CACHE_DTYPES),
-        f"KV-cache dtype {f.get('kv_cache_dtype')} cannot be combined with 2:4 pages (only auto, the model's dtype); "
+        cache not in (None, "auto", str(f["dtype"]).removeprefix("torch.")),
+        f"KV-cache dtype {cache} cannot be combined with 2:4 pages (only auto, the model's dtype); "
         "remove --kv-cache-dtype",
     )
     block = f.get("block_size")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hierasparse_vllm.ops.reference.attention import attend_part, merge
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def softmax_attention(q, k, v, scale, hidden=None):

@@ -19,6 +19,8 @@ from hierasparse_vllm.page import PageLayout
 
 F32 = 1e-5
 """Largest error in float32, of outputs below 5; reading a single wrong value in a thousand tokens makes 1e-4."""
+SAME = 3e-6
+"""Largest difference in float32 between two ways to run the same tokens."""
 LOOSE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 BORDERS = (1, 255, 256, 257, 511, 512, 513)
 
@@ -97,7 +99,7 @@ def test_random_schedule_on_dense_pages(device):
     then=st.sampled_from([100, 256, 300]),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=30)
+@settings(max_examples=50)
 def test_any_shape(d, kv_heads, group, window, chunk, sparse, axis, sinks, lengths, first, then, seed):
     e = engine("cpu", d, sparse, axis, sinks, kv_heads, group, window, chunk, blocks=64, seed=seed)
     running = [e.sequence(n) for n in lengths]
@@ -148,7 +150,7 @@ def test_chunk_sizes_change_neither_outputs_nor_page_bytes(window, device):
         pages[name] = e.page_bytes(seq)
     for name in CHUNKINGS:
         assert torch.equal(pages[name], pages["whole"]), name
-        assert (outputs[name] - outputs["whole"]).abs().max() < 1e-6, name
+        assert (outputs[name] - outputs["whole"]).abs().max() < SAME, name
 
 
 def test_in_the_chunk_mode_chunk_sizes_change_outputs_but_no_page_bytes(device):
@@ -171,7 +173,7 @@ def test_other_requests_in_the_batch_change_nothing(device):
     first_step = among.step([(second, 500), *((other, 1) for other in others)])
     second_step = among.step([(others[0], 299), (second, 300), (others[2], 512)])
     got = torch.cat([first_step[0], second_step[1]])
-    assert (got - want).abs().max() < 1e-6
+    assert (got - want).abs().max() < SAME
     assert torch.equal(alone.page_bytes(first), among.page_bytes(second))
 
 
@@ -186,7 +188,7 @@ def test_a_preempted_request_comes_back_with_the_same_bytes(device):
     e.step([(seq, 600)])
     outputs.append(e.step([(seq, 300)])[0])
     assert torch.equal(e.page_bytes(seq), pages)
-    assert (outputs[0] - outputs[1]).abs().max() < 1e-6
+    assert (outputs[0] - outputs[1]).abs().max() < SAME
 
 
 @pytest.mark.parametrize("hit", [256, 768])
@@ -203,7 +205,7 @@ def test_a_prefix_hit_gives_the_cold_outputs(window, hit, device):
     warm.window = [None if i < first_read else block for i, block in enumerate(blocks)]
     warm.computed = hit
     got = e.checked_step([(warm, 1)], F32)[0]
-    assert (got - want[1]).abs().max() < 1e-6
+    assert (got - want[1]).abs().max() < SAME
 
 
 def test_a_request_reads_pages_that_another_fills_in_the_same_step(device):
@@ -216,7 +218,7 @@ def test_a_request_reads_pages_that_another_fills_in_the_same_step(device):
     first_read = max(0, 512 - e.rule.window_tokens + 1) // e.window_block
     twin.window[:first_read] = [None] * first_read
     results = e.checked_step([(twin, 88), (first, 600)], F32)
-    assert (results[0] - results[1][512:]).abs().max() < 1e-6
+    assert (results[0] - results[1][512:]).abs().max() < SAME
 
 
 # ---- each op alone -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hierasparse_vllm.page import SUBS, PageLayout
-from hierasparse_vllm.policy import Choice, LayerTables, choose, from_groups, kept_index
+from hierasparse_vllm.policy import BITS, Choice, LayerTables, as_bits, choose, from_groups, kept_index
 
 _INDEX: dict[tuple, torch.Tensor] = {}
 
@@ -41,8 +41,8 @@ def prune(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTab
         keep = torch.zeros(choice.groups.shape, dtype=torch.bool, device=x.device)
         keep.scatter_(-1, kept_index(choice.codes), True)
         keep |= ~choice.sparse[..., None, None]
-        y = from_groups(torch.where(keep, choice.groups, 0), order, axis)
-        y[:, :, :s] = x[:, :, :s]
+        y = from_groups((as_bits(choice.groups) * keep).view(x.dtype), order, axis)
+        as_bits(y)[:, :, :s] = as_bits(x)[:, :, :s]
         out.append(y)
     return tuple(out)
 
@@ -89,7 +89,7 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTabl
 
 def _pack_sparse(choice: Choice, layout: PageLayout, side: str) -> torch.Tensor:
     """Bytes of all sparse sub-blocks, uint8 [n * H * sparse, sparse_bytes]."""
-    groups, codes = choice.groups[choice.sparse], choice.codes[choice.sparse]
+    groups, codes = as_bits(choice.groups)[choice.sparse], choice.codes[choice.sparse]
     kept = groups.gather(-1, kept_index(codes)).flatten(1)
     kept = kept[:, _index(layout.kept_order(side), kept.device)]
     nibbles = codes[:, _index(layout.nibble_order(side), codes.device)]
@@ -99,7 +99,7 @@ def _pack_sparse(choice: Choice, layout: PageLayout, side: str) -> torch.Tensor:
 
 def _pack_dense(choice: Choice, layout: PageLayout, side: str) -> torch.Tensor:
     """Bytes of all dense sub-blocks, uint8 [n * H * dense, dense_bytes]."""
-    rows = _token_major(choice.groups[~choice.sparse], layout, side)
+    rows = _token_major(as_bits(choice.groups)[~choice.sparse], layout, side)
     return rows[:, _index(layout.dense_order(side), rows.device)].contiguous().view(torch.uint8)
 
 
@@ -133,6 +133,7 @@ def unpack(
     if layout.dense_page:
         both = pages.contiguous().view(dtype).view(n, h, 2, -1, layout.head_size)
         return both[:, :, 0], both[:, :, 1]
+    bits = BITS[layout.value_bytes]
     masks = layout.decode_index(pages[:, :, :4].contiguous().view(torch.int32).squeeze(-1))
     out = []
     for side, mask, start, sparse, order, axis in (
@@ -140,40 +141,40 @@ def unpack(
         ("v", masks[1], layout.v_offset, layout.sparse_v, tables.v_order, layout.value_axis),
     ):
         chosen = (mask[..., None] >> torch.arange(SUBS, device=pages.device) & 1).bool()
-        groups = torch.zeros(n, h, SUBS, layout.groups, 4, dtype=dtype, device=pages.device)
+        groups = torch.zeros(n, h, SUBS, layout.groups, 4, dtype=bits, device=pages.device)
         middle, end = start + sparse * layout.sparse_bytes, start + layout.side_bytes(sparse)
         if sparse:
             rows = pages[:, :, start:middle].reshape(n * h * sparse, layout.sparse_bytes)
-            groups[chosen] = _unpack_sparse(rows, layout, side, dtype)
+            groups[chosen] = _unpack_sparse(rows, layout, side)
         if sparse < SUBS:
             rows = pages[:, :, middle:end].reshape(n * h * (SUBS - sparse), layout.dense_bytes)
-            groups[~chosen] = _unpack_dense(rows, layout, side, dtype)
+            groups[~chosen] = _unpack_dense(rows, layout, side)
         x = from_groups(groups, order, axis)
         if layout.sink_tokens:
             at = layout.sink_offset + (side == "v") * layout.sink_bytes
             size = layout.sink_tokens * layout.head_size * layout.value_bytes
             x[:, :, : layout.sink_tokens] = (
-                pages[:, :, at : at + size].contiguous().view(dtype).view(n, h, -1, layout.head_size)
+                pages[:, :, at : at + size].contiguous().view(bits).view(n, h, -1, layout.head_size)
             )
-        out.append(x)
+        out.append(x.view(dtype))
     return out[0], out[1]
 
 
-def _unpack_sparse(rows: torch.Tensor, layout: PageLayout, side: str, dtype: torch.dtype) -> torch.Tensor:
+def _unpack_sparse(rows: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
     m = len(rows)
-    stored = rows[:, : layout.sparse_value_bytes].contiguous().view(dtype)
+    stored = rows[:, : layout.sparse_value_bytes].contiguous().view(BITS[layout.value_bytes])
     kept = torch.empty_like(stored)
     kept[:, _index(layout.kept_order(side), rows.device)] = stored
     meta = rows[:, layout.sparse_value_bytes :]
     nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1)
     codes = torch.empty_like(nibbles)
     codes[:, _index(layout.nibble_order(side), rows.device)] = nibbles
-    groups = torch.zeros(m, layout.groups, 4, dtype=dtype, device=rows.device)
+    groups = torch.zeros(m, layout.groups, 4, dtype=stored.dtype, device=rows.device)
     return groups.scatter_(-1, kept_index(codes), kept.view(m, layout.groups, 2))
 
 
-def _unpack_dense(rows: torch.Tensor, layout: PageLayout, side: str, dtype: torch.dtype) -> torch.Tensor:
-    stored = rows.contiguous().view(dtype)
+def _unpack_dense(rows: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
+    stored = rows.contiguous().view(BITS[layout.value_bytes])
     dense = torch.empty_like(stored)
     dense[:, _index(layout.dense_order(side), rows.device)] = stored
     if side == "v" and layout.value_axis == "token":

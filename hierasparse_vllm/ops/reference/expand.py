@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from hierasparse_vllm.page import META_BYTES, PAGE_TOKENS, SUB_TOKENS, SUBS, PageLayout
-from hierasparse_vllm.policy import LayerTables
+from hierasparse_vllm.policy import BITS, LayerTables
 
 _buffers: dict[str, torch.Tensor] = {}
-_INTEGER = {2: torch.int16, 4: torch.int32}
 
 
 def unpack(
@@ -47,9 +46,9 @@ def _unpack_side(
         (layout.k_offset, layout.sparse_k, 0) if side == "k" else (layout.v_offset, layout.sparse_v, SUBS)
     )
     sink = layout.sink_offset + (side == "v") * layout.sink_bytes
-    x = _buffer(side, h * len(ids) * PAGE_TOKENS * d, _INTEGER[vb]).view(h, -1, d)
+    x = _buffer(side, h * len(ids) * PAGE_TOKENS * d, BITS[vb]).view(h, -1, d)
     _expand(
-        pages.view(_INTEGER[vb]).numpy(),
+        pages.view(BITS[vb]).numpy(),
         pages.view(torch.uint32).numpy(),
         ids.numpy(),
         order.numpy().astype(np.uint32),
