@@ -134,7 +134,9 @@ def _check_table(path: str, name: str, kind: str, table: torch.Tensor, shape: tu
     if kind == "k_weight":
         if not (table.isfinite().all() and (table >= 0).all()):
             raise ValueError(f"HieraSparse: {name} in the tables file {path!r} must be finite and not negative")
-    elif not torch.equal(table.sort(dim=1).values.long(), torch.arange(shape[1]).expand(shape)):
+    elif table.is_floating_point() or not torch.equal(
+        table.sort(dim=1).values.long(), torch.arange(shape[1]).expand(shape)
+    ):
         raise ValueError(f"HieraSparse: {name} in the tables file {path!r} is not a permutation of the channels")
 
 

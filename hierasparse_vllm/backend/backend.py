@@ -55,8 +55,9 @@ class HieraSparseBackend(AttentionBackend):
 
     @classmethod
     def validate_configuration(cls, **fields) -> list[str]:
-        """Reasons against this configuration, in sentences; vLLM's own where we have none."""
-        return checks.selection(fields) or super().validate_configuration(**fields)
+        """Reasons against this configuration, in sentences; vLLM's own, made into one, where we have none."""
+        others = super().validate_configuration(**fields)
+        return checks.selection(fields) or [f"HieraSparse: {reason}; {checks.OTHER}." for reason in others]
 
     @classmethod
     def validate_selection(cls, config) -> list[str]:

@@ -12,7 +12,7 @@ from hierasparse_vllm.page import HEAD_SIZES, PAGE_TOKENS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-_OTHER = "serve this model without --attention-backend CUSTOM"
+OTHER = "serve this model without --attention-backend CUSTOM"
 _PER_KIND = (
     "give only full-attention layers to HieraSparse: "
     '--attention-config \'{"backend_per_kind": {"full_attention": "CUSTOM"}}\''
@@ -28,7 +28,7 @@ def selection(f: dict[str, Any]) -> list[str]:
             out.append(f"HieraSparse: {sentence}.")
 
     sizes = ", ".join(map(str, HEAD_SIZES))
-    refuse(f["head_size"] not in HEAD_SIZES, f"head size {f['head_size']} is not supported (only {sizes}); {_OTHER}")
+    refuse(f["head_size"] not in HEAD_SIZES, f"head size {f['head_size']} is not supported (only {sizes}); {OTHER}")
     names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     refuse(f["dtype"] not in DTYPES, f"dtype {f['dtype']} is not supported (only {names}); choose one with --dtype")
     cache = f.get("kv_cache_dtype")
@@ -42,8 +42,8 @@ def selection(f: dict[str, Any]) -> list[str]:
         block not in (None, PAGE_TOKENS),
         f"block size {block} is not supported, a page is {PAGE_TOKENS} tokens; add --block-size {PAGE_TOKENS}",
     )
-    refuse(f.get("use_mla"), f"MLA models keep no K and V to compress; {_OTHER}")
-    refuse(f.get("has_sink"), f"models with learned attention sinks are not supported; {_OTHER}")
+    refuse(f.get("use_mla"), f"MLA models keep no K and V to compress; {OTHER}")
+    refuse(f.get("has_sink"), f"models with learned attention sinks are not supported; {OTHER}")
     kind = f.get("attn_type") or "decoder"
     kind = getattr(kind, "value", kind)  # an enum of strings
     refuse(kind != "decoder", f"{kind} attention is not supported, only causal decoder layers are; {_PER_KIND}")
@@ -84,14 +84,14 @@ def layer(alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, extra: di
     """Refusals for one layer's own features, which vLLM's selection does not tell."""
     out = []
     if alibi_slopes is not None:
-        out.append(f"HieraSparse: ALiBi is not supported; {_OTHER}.")
+        out.append(f"HieraSparse: ALiBi is not supported; {OTHER}.")
     if logits_soft_cap:
-        out.append(f"HieraSparse: a soft cap of the logits is not supported; {_OTHER}.")
+        out.append(f"HieraSparse: a soft cap of the logits is not supported; {OTHER}.")
     if kv_sharing_target_layer_name is not None:
-        out.append(f"HieraSparse: layers that share the KV cache of another layer are not supported; {_OTHER}.")
+        out.append(f"HieraSparse: layers that share the KV cache of another layer are not supported; {OTHER}.")
     for name, value in extra.items():
         if value is not None:
-            out.append(f"HieraSparse: the attention argument {name!r} is not supported; {_OTHER}.")
+            out.append(f"HieraSparse: the attention argument {name!r} is not supported; {OTHER}.")
     return out
 
 
