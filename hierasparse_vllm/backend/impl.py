@@ -91,7 +91,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             if isinstance(layer, WindowCache)
         ]
         self.report = None
-        if windows[0] is self.window:  # one layer speaks for the engine
+        if windows[0] is self.window and self.vllm_config.parallel_config.rank == 0:  # one layer speaks for the engine
             self.report = Report(self.vllm_config, self.options)
             self.report.engine(self.ops.name, window, self.layout, self.num_kv_heads, len(windows), self.settings.rule)
 

@@ -55,9 +55,8 @@ class Report:
         dense_block = DENSE_BLOCK.get(device, 16)
         fits = []
         for n in sorted({*LENGTHS, self.config.model_config.max_model_len}):
-            ours = (blocks - 1) // blocks_in_decode(
-                n, rule.window_tokens, window.shape[2]
-            )  # block 0 is vLLM's null block
+            # Block 0 is vLLM's null block.
+            ours = (blocks - 1) // blocks_in_decode(n, rule.window_tokens, window.shape[2])
             stock = blocks * page // (-(-n // dense_block) * dense_block * dense // PAGE_TOKENS)
             fits.append(f"{n:,} tokens {ours:,} / {stock:,}")
         logger.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ def engine(model: str, options: dict | None, **kw):
     """
     from vllm import LLM
 
-    _register_cpu_kernels_once()
+    hide_llvmlite_from_vllms_scan()
     kw = {"dtype": "float32", "max_model_len": 8192, "max_num_batched_tokens": 1000, **kw}
     if options is not None:
         kw = {"block_size": 256, "attention_backend": "CUSTOM", "additional_config": {"hierasparse": options}, **kw}
@@ -47,18 +48,27 @@ def engine(model: str, options: dict | None, **kw):
         gc.collect()
 
 
-def _register_cpu_kernels_once() -> None:
-    """Let vLLM replace its Triton kernels for the CPU in the first engine of this process only.
+def hide_llvmlite_from_vllms_scan() -> None:
+    """Let vLLM make its CPU runner in a process that has already imported Numba.
 
-    The replacement scans all modules (``vars(value).get``) and breaks on llvmlite's proxies once Numba is in use.  A
-    server makes one engine per process, before our first step imports Numba, and never meets this.
+    To replace Triton kernels it looks at every object of every module (``vars(value).get``), and llvmlite has proxies
+    that break under that.  A server is not affected: our first unpacking imports Numba, long after the runner is made.
     """
-    import sys
-
     from vllm.triton_utils import dispatcher
 
-    if "llvmlite" in sys.modules and dispatcher._registry:
-        dispatcher._rebind_kernels = lambda overrides: None
+    stock = dispatcher._rebind_kernels
+    if getattr(stock, "without_llvmlite", False):
+        return
+
+    def rebind(overrides):
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
+        try:
+            stock(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    rebind.without_llvmlite = True
+    dispatcher._rebind_kernels = rebind
 
 
 def core(llm):

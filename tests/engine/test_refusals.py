@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from tests.engine.serving import hide_llvmlite_from_vllms_scan, implementations
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 128,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 512,
@@ -18,6 +20,7 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistr
 def start(tmp_path, config=LLAMA, options=None, **kw):
     from vllm import LLM
 
+    hide_llvmlite_from_vllms_scan()
     (tmp_path / "config.json").write_text(json.dumps(config))
     kw = {"block_size": 256, "attention_backend": "CUSTOM", **kw}
     if options is not None:
@@ -69,8 +72,6 @@ def test_tables_of_another_model_are_refused(tmp_path):
 
 
 def test_a_request_longer_than_the_model_is_vllms_own_error(tmp_path):
-    from tests.engine.serving import implementations
-
     llm = start(tmp_path)
     try:
         assert implementations(llm) == {"HieraSparseImpl"}
