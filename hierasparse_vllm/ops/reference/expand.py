@@ -12,6 +12,8 @@ from hierasparse_vllm.page import META_BYTES, PAGE_TOKENS, SUB_TOKENS, SUBS, Pag
 from hierasparse_vllm.policy import BITS, LayerTables
 
 _buffers: dict[str, torch.Tensor] = {}
+# As many threads as PyTorch has, which the user or vLLM may have limited.
+numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 def unpack(
@@ -95,12 +97,12 @@ def _places(layout: PageLayout, side: str) -> tuple[np.ndarray, np.uint32, np.nd
 
 # Indices are unsigned, since Numba tests signed ones for being negative, and inner loops make no views, since a view
 # costs two atomic counts: together a factor of four.
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, parallel=True)
 def _expand(values, words, ids, order, group_at, step, dense_at, tokens, shape, meta, meta_step, sink, out):
     sparse, shift, start, sparse_step, dense_step = shape
     sink_tokens, sink_start = sink
     heads, _, d = out.shape
-    for i in range(len(ids)):
+    for i in numba.prange(len(ids)):
         for h in range(heads):
             page, info = values[ids[i], h], words[ids[i], h]
             mask = ((info[0] >> shift) & 15) ^ ((1 << sparse) - 1)
