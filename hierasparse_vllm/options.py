@@ -10,9 +10,6 @@ from hierasparse_vllm.page import PAGE_TOKENS, SUB_TOKENS, SUBS
 from hierasparse_vllm.policy import POLICIES
 
 SECTION = "hierasparse"
-DISABLE_VARIABLE = "HIERASPARSE_DISABLE"
-"""Environment variable: ``1`` switches the plugin off in every process."""
-
 SPARSITIES = tuple(i / SUBS for i in range(SUBS + 1))
 
 PRESETS: dict[str, dict[str, Any]] = {

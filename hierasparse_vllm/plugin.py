@@ -10,12 +10,18 @@ import os
 
 BACKEND = "hierasparse_vllm.backend.backend.HieraSparseBackend"
 ALIAS = "HIERASPARSE"
+DISABLE_VARIABLE = "HIERASPARSE_DISABLE"
+"""Environment variable: anything but empty or 0 switches the plugin off in every process."""
+
+
+def disabled() -> bool:
+    """Whether the user has switched the plugin off."""
+    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
 def register() -> None:
     """Make the backend known to vLLM as ``CUSTOM`` (and ``HIERASPARSE``); safe to call again."""
-    # The name is options.DISABLE_VARIABLE; options.py imports torch, this module must not.
-    if os.environ.get("HIERASPARSE_DISABLE", "0") not in ("", "0"):
+    if disabled():
         return
     from hierasparse_vllm import compat
 
