@@ -35,9 +35,30 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "maximum": SUB_TOKENS,
         "description": "First tokens of every page that are also kept dense; in page 0 they are the attention sinks.",
     },
-    "policy": {"enum": list(POLICIES), "description": "How the channels of K are grouped for 2 of 4."},
+    "policy": {
+        "enum": list(POLICIES),
+        "description": "How the channels of K are grouped and weighted for 2 of 4; auto is calibrated with tables, "
+        "else spread.",
+    },
+    "key_mean": {
+        "type": "boolean",
+        "description": "Keep each page's mean key, and of its sparse sub-blocks only the differences from it.",
+    },
+    "rescale": {
+        "type": "boolean",
+        "description": "Enlarge kept values of V, and of calibrated K, so that tokens keep their norm (V along tokens: "
+        "groups keep their sum).",
+    },
     "value_axis": {"enum": ["channel", "token"], "description": "Direction of V's groups of four."},
-    "tables": {"type": ["string", "null"], "description": "Path of a calibration file (safetensors)."},
+    "tables": {
+        "type": ["string", "null"],
+        "description": "Path of a calibration file (safetensors), made by `hierasparse calibrate`.",
+    },
+    "layer_budget": {
+        "type": "boolean",
+        "description": "Split the preset's sparsity between K and V layer by layer, if the tables hold such a budget "
+        "(`hierasparse budget`).",
+    },
     "storage": {
         "enum": ["compressed", "dense_page"],
         "description": "dense_page keeps pruned values in pages of dense size: an oracle for tests, saves nothing.",
@@ -63,10 +84,13 @@ class Options:
     key_sparsity: float = PRESETS["balanced"]["key_sparsity"]
     value_sparsity: float = PRESETS["balanced"]["value_sparsity"]
     local_window: int = 256
-    sink_tokens: int = 0
-    policy: str = "strided"
+    sink_tokens: int = 1
+    policy: str = "auto"
+    key_mean: bool = True
+    rescale: bool = True
     value_axis: str = "channel"
     tables: str | None = None
+    layer_budget: bool = True
     storage: str = "compressed"
     prefill: str = "position"
     log_interval: float = 10.0
@@ -74,6 +98,16 @@ class Options:
     def __post_init__(self):
         for key, value in asdict(self).items():
             _check(key, value)
+        if self.policy == "calibrated" and self.tables is None:
+            raise ValueError(
+                "HieraSparse: option 'policy' is 'calibrated' but no tables are given; make them with `hierasparse "
+                "calibrate` and name them in the option 'tables'"
+            )
+        if self.policy not in ("auto", "calibrated") and self.tables is not None:
+            raise ValueError(
+                f"HieraSparse: option 'policy' is {self.policy!r}, which uses no tables, but tables are given; remove "
+                "one of the two"
+            )
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Options:
@@ -95,7 +129,14 @@ class Options:
                 raise ValueError(f"HieraSparse: unknown option {key!r}; allowed are {', '.join(_SCHEMA)}")
         preset = section.get("preset", cls.preset)
         _check("preset", preset)
-        return cls(**{**PRESETS[preset], **section})
+        # Sparsities that the user spells out are meant for every layer.
+        own = {} if section.keys().isdisjoint(PRESETS[preset]) else {"layer_budget": False}
+        return cls(**{**PRESETS[preset], **own, **section})
+
+    @property
+    def key_policy(self) -> str:
+        """The policy that ``auto`` means."""
+        return self.policy if self.policy != "auto" else "spread" if self.tables is None else "calibrated"
 
     @property
     def sparse_k(self) -> int:
@@ -125,6 +166,8 @@ def _check(key: str, value: Any) -> None:
     if "enum" in schema:
         ok = any(value == allowed and not isinstance(value, bool) for allowed in schema["enum"])
         allowed = ", ".join(map(_show, schema["enum"]))
+    elif schema["type"] == "boolean":
+        ok, allowed = isinstance(value, bool), "true and false"
     elif schema["type"] == ["string", "null"]:
         ok, allowed = value is None or isinstance(value, str), "a path or null"
     else:

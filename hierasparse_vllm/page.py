@@ -2,7 +2,7 @@
 
 A *page* holds the K and V of 256 tokens of one layer, one region per KV head:
 
-    index word (128 B) | sink rows of K, of V | K: sparse, then dense sub-blocks | V: sparse, then dense sub-blocks
+    index word (128 B) | mean of K | sink rows of K, of V | K: sparse, then dense sub-blocks | V: the same
 
 A *sub-block* is 64 tokens.  A sparse one stores the kept values and a metadata word for every eight groups
 of four; a dense one stores all values and no metadata.  Exactly ``sparse_k`` of the four K sub-blocks and ``sparse_v``
@@ -29,7 +29,7 @@ INDEX_BYTES = ALIGN
 META_BYTES = 4
 """A metadata word holds the nibbles of eight groups of four."""
 HEAD_SIZES = (64, 128, 256)
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 WINDOW_BLOCKS = (128, 64, 32)
 """Tokens per dense window block, best first; divisors of a page so that prefix hits align to pages."""
 
@@ -55,6 +55,8 @@ class PageLayout:
         Direction of V's groups of four.
     sink_tokens : int
         The first tokens of every page that are also kept dense, outside the sub-blocks.
+    key_mean : bool
+        Keep one vector per page that readers add to the keys of sparse sub-blocks (not to sink rows).
     dense_page : bool
         Store the pruned K and V as plain rows in a page of dense size (``storage: dense_page``, the oracle).
 
@@ -69,6 +71,7 @@ class PageLayout:
     sparse_v: int = SUBS
     value_axis: str = "channel"
     sink_tokens: int = 0
+    key_mean: bool = False
     dense_page: bool = False
 
     def __post_init__(self):
@@ -111,14 +114,24 @@ class PageLayout:
         return align_up(self.sink_tokens * self.head_size * self.value_bytes)
 
     @property
+    def mean_offset(self) -> int:
+        """Mean of K, D values in the model's channel order."""
+        return INDEX_BYTES
+
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of the mean of K."""
+        return align_up(self.head_size * self.value_bytes) if self.key_mean else 0
+
+    @property
     def sink_offset(self) -> int:
         """Sink rows of K, row-major; V's follow at ``sink_offset + sink_bytes``."""
-        return INDEX_BYTES
+        return self.mean_offset + self.mean_bytes
 
     @property
     def k_offset(self) -> int:
         """First K sub-block."""
-        return INDEX_BYTES + 2 * self.sink_bytes
+        return self.sink_offset + 2 * self.sink_bytes
 
     @property
     def v_offset(self) -> int:

@@ -14,7 +14,7 @@ from hierasparse_vllm.backend import checks, settings
 from hierasparse_vllm.backend.metadata import PageMetadata
 from hierasparse_vllm.backend.report import Report
 from hierasparse_vllm.cache.window import SUFFIX, WindowCache
-from hierasparse_vllm.calibration import layer_tables
+from hierasparse_vllm.calibration import layer_layout, layer_policy, layer_tables
 from hierasparse_vllm.options import Options
 
 
@@ -69,7 +69,10 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             return
         layers = self.vllm_config.compilation_config.static_forward_context
         self.name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        self.tables = layer_tables(self.options, self.vllm_config, self.name, self.num_kv_heads, self.head_size)
+        tables = layer_tables(self.options, self.vllm_config, self.name, self.num_kv_heads, self.head_size)
+        self.has_budget = self.options.layer_budget and "budget" in tables
+        self.layout = layer_layout(self.options, self.layout, tables)
+        self.policy = layer_policy(self.options, self.layout, tables, self.num_kv_heads)
         self.window = WindowCache(
             f"{self.name}.{SUFFIX}",
             self.vllm_config,
@@ -84,7 +87,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         if not window.numel():  # vLLM takes the cache away when it shuts down
             return
         self.ops = ops.select(window.device)
-        self.tables = self.tables.to(window.device)
+        self.policy = self.policy.to(window.device)
         windows = [
             layer
             for layer in self.vllm_config.compilation_config.static_forward_context.values()
@@ -93,7 +96,15 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.report = None
         if windows[0] is self.window and self.vllm_config.parallel_config.rank == 0:  # one layer speaks for the engine
             self.report = Report(self.vllm_config, self.options)
-            self.report.engine(self.ops.name, window, self.layout, self.num_kv_heads, len(windows), self.settings.rule)
+            self.report.engine(
+                self.ops.name,
+                window,
+                self.layout,
+                self.num_kv_heads,
+                len(windows),
+                self.settings.rule,
+                self.has_budget,
+            )
 
     def forward(
         self,
@@ -128,9 +139,9 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.ops.store(key, value, batch, window)
         # Every full page, of every request, before any request reads: its hash is already public, and another request
         # of this very step may hit it.
-        compressed = self.ops.compress(batch, window, pages, self.layout, self.tables)
+        compressed = self.ops.compress(batch, window, pages, self.layout, self.policy)
         if self.report is not None:
             self.report.compressed(compressed)
         out = output.view(-1, self.num_heads, self.head_size)
-        self.ops.attend(query, batch, window, pages, self.layout, self.tables, self.scale, out)
+        self.ops.attend(query, batch, window, pages, self.layout, self.policy, self.scale, out)
         return output

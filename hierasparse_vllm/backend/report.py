@@ -39,18 +39,25 @@ class Report:
         self.total, self.pending, self.last = 0, 0, -float("inf")
 
     def engine(
-        self, ops: str, window: torch.Tensor, layout: PageLayout, kv_heads: int, layers: int, rule: ReadRule
+        self,
+        ops: str,
+        window: torch.Tensor,
+        layout: PageLayout,
+        kv_heads: int,
+        layers: int,
+        rule: ReadRule,
+        split: bool = False,
     ) -> None:
-        """Which backend runs, and how many requests fit."""
+        """Which backend runs, and how many requests fit; ``split`` says that layers split sparsity on their own."""
         o, blocks, device = self.options, len(window), window.device.type
         page, dense = layout.page_bytes(kv_heads), kv_heads * layout.dense_head_bytes
         logger.info(
-            "HieraSparse: backend CUSTOM (hierasparse_vllm %s) with ops %s on %s: policy %s, K sparsity %g, V sparsity "
-            "%g along %s, local window %d tokens, %d sink tokens, storage %s; %s bytes per page of %d tokens and "
-            "layer, %.1f %% of dense (%s)",
-            __version__, ops, device, o.policy + (" with tables" if o.tables else ""), o.key_sparsity, o.value_sparsity,
-            o.value_axis, o.local_window, o.sink_tokens, o.storage, f"{page:,}", PAGE_TOKENS, 100 * page / dense,
-            f"{dense:,}",
+            "HieraSparse: backend CUSTOM (hierasparse_vllm %s) with ops %s on %s: policy %s%s, K sparsity %g, V "
+            "sparsity %g along %s%s%s, local window %d tokens, %d sink tokens, storage %s; %s bytes per page of %d "
+            "tokens and layer, %.1f %% of dense (%s)",
+            __version__, ops, device, o.key_policy, ", page mean" * layout.key_mean,
+            o.key_sparsity, o.value_sparsity, o.value_axis, ", rescaled" * o.rescale, ", split layer by layer" * split,
+            o.local_window, o.sink_tokens, o.storage, f"{page:,}", PAGE_TOKENS, 100 * page / dense, f"{dense:,}",
         )  # fmt: skip
         dense_block = DENSE_BLOCK.get(device, 16)
         fits = []

@@ -23,7 +23,7 @@ class Settings:
     dtype: torch.dtype
 
     def layout(self, head_size: int) -> PageLayout:
-        """Page layout of a layer."""
+        """Page layout of a layer; a layer's budget changes its split between K and V, but no size."""
         o = self.options
         return PageLayout(
             head_size=head_size,
@@ -32,6 +32,8 @@ class Settings:
             sparse_v=o.sparse_v,
             value_axis=o.value_axis,
             sink_tokens=o.sink_tokens,
+            # A budget may give a layer sparse K where the options have none.
+            key_mean=o.key_mean and (o.sparse_k > 0 or (o.layer_budget and o.sparse_v > 0)),
             dense_page=o.storage == "dense_page",
         )
 

@@ -11,7 +11,7 @@ import torch
 
 from hierasparse_vllm.ops.batch import Batch
 from hierasparse_vllm.page import PageLayout
-from hierasparse_vllm.policy import LayerTables
+from hierasparse_vllm.policy import LayerPolicy
 
 
 class Ops(Protocol):
@@ -27,7 +27,7 @@ class Ops(Protocol):
         """Write the step's keys and values into the window cache."""
 
     def compress(
-        self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, tables: LayerTables
+        self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, policy: LayerPolicy
     ) -> int:
         """Choose and pack every page that this step fills; returns how many (before any request attends)."""
 
@@ -38,7 +38,7 @@ class Ops(Protocol):
         window: torch.Tensor,
         pages: torch.Tensor,
         layout: PageLayout,
-        tables: LayerTables,
+        policy: LayerPolicy,
         scale: float,
         out: torch.Tensor,
     ) -> None:

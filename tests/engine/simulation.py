@@ -1,8 +1,9 @@
 """What a page-compressed KV cache does to a Llama-like model, simulated in transformers and PyTorch.
 
 This is a second opinion on the engine backend: it is written from the rules of the format alone and shares no code with
-the package. It keeps every key and value exact, prunes full pages into dense tensors with zeros, and lets each query
-read pruned pages below its boundary and exact entries from there on, under one softmax.
+the package. It keeps every key and value exact, prunes full pages into dense tensors as readers see them, and lets
+each query read pruned pages below its boundary and exact entries from there on, under one softmax. The cache's dtype is
+float32.
 """
 
 import functools
@@ -31,21 +32,31 @@ class Rule:
         Multiple of 256; the query's own page and this many tokens of pages before it are read exact.
     sink_tokens : int
         The first tokens of *every* page that stay exact.
-    policy : {"strided", "magnitude"}
+    policy : {"spread", "strided", "magnitude"}
         Channel order of K where no table gives one.
     value_axis : {"channel", "token"}
         Whether V's groups of four run along channels or along tokens.
+    key_mean : bool
+        Pruned keys are the page's mean key plus what is kept of the difference from it.
+    rescale : bool
+        Kept entries of V, and with tables of K, are enlarged: each token keeps its norm, or with ``value_axis="token"``
+        each group of V its sum.
     tables : dict[int, dict[str, Tensor]] or None
         Per layer, any of ``k_order`` [H, D], ``k_weight`` [H, D] (indexed by channel) and ``v_order`` [H, D].
+    pruned : dict[int, tuple[int, int]] or None
+        Per layer, how many sub-blocks of K and of V are pruned, in place of the sparsities.
     """
 
     key_sparsity: float
     value_sparsity: float
     local_window: int = 256
-    sink_tokens: int = 0
-    policy: str = "strided"
+    sink_tokens: int = 1
+    policy: str = "spread"
     value_axis: str = "channel"
+    key_mean: bool = True
+    rescale: bool = True
     tables: dict[int, dict[str, torch.Tensor]] | None = None
+    pruned: dict[int, tuple[int, int]] | None = None
 
     def __post_init__(self):
         """Refuse what is misspelt: it must not silently simulate something else."""
@@ -55,8 +66,31 @@ class Rule:
             raise ValueError("local_window is a multiple of 256")
         if not 0 <= self.sink_tokens <= PAGE:
             raise ValueError("sink_tokens lies in 0..256")
-        if self.policy not in ("strided", "magnitude") or self.value_axis not in ("channel", "token"):
+        if self.policy not in ("spread", "strided", "magnitude") or self.value_axis not in ("channel", "token"):
             raise ValueError("unknown policy or value_axis")
+
+    def sub_blocks(self, layer):
+        """Return how many sub-blocks of K and of V are pruned in a layer."""
+        default = round(SUB_BLOCKS * self.key_sparsity), round(SUB_BLOCKS * self.value_sparsity)
+        return (self.pruned or {}).get(layer, default)
+
+
+def _channel_order(policy, dim):
+    """Channels in the order of the policy's groups, int64 [D]."""
+    if policy == "magnitude":
+        return torch.arange(dim)
+    if policy == "strided":
+        return torch.tensor([i + j * dim // 4 for i in range(dim // 4) for j in range(4)])
+    eighth = dim // 8
+    return torch.tensor([half + i + j * eighth for half in (0, dim // 2) for i in range(eighth) for j in range(4)])
+
+
+def _sum(x, dim):
+    """Sum over a dimension whose size is a power of two: neighbours, then neighbouring pairs, and so on."""
+    while x.shape[dim] > 1:
+        x = x.unflatten(dim, (-1, 2)).transpose(dim, dim + 1)  # the two of each pair in front
+        x = x.select(dim, 0) + x.select(dim, 1)
+    return x.squeeze(dim)
 
 
 def _survivors(score, order):
@@ -104,24 +138,49 @@ def _losses(score, kept):
     return units.unflatten(1, (SUB_BLOCKS, SUB_BLOCK)).sum(dim=(2, 3))
 
 
-def _prune(x, score, order, axis, sparsity, sink_tokens):
+def _token_norm_factor(score, kept, order):
+    """Factor [H, 256, 1] that gives the kept entries of a token the norm of all; norms are those of the scores."""
+    squares = score.square()
+    index = order.long()[:, None].expand_as(score)
+    whole, rest = (_sum(s.gather(2, index), 2) for s in (squares, squares * kept))
+    factor = (whole / rest).double().sqrt().float()  # PyTorch's float32 root is not always the nearest number
+    return factor.where(factor.isfinite(), 1.0).clamp(1, 2)[..., None]
+
+
+def _group_sum_factor(x, kept):
+    """Factor [H, 256, D] that gives the kept pair of each four tokens the sum of the four."""
+    groups = x.unflatten(1, (-1, 4))
+    rest = groups.masked_fill(~kept.unflatten(1, (-1, 4)), 0.0)
+    factor = _sum(groups, 2) / _sum(rest, 2)  # adding zeros is exact
+    return factor.where(factor.isfinite(), 1.0).clamp(0.5, 2).repeat_interleave(4, dim=1)
+
+
+def _prune(x, mean, weight, order, axis, count, sink_tokens, rescale):
     """Prune the sub-blocks of one page that lose least.
 
     Parameters
     ----------
-    x, score : Tensor [H, 256, D]
-        Keys or values, and the score of each entry.
+    x : Tensor [H, 256, D], float32
+        Keys or values.
+    mean : Tensor [H, 1, D]
+        Pruned sub-blocks are this plus what is kept of the difference from it.
+    weight : Tensor [H, 1, D] or None
+        Factor of an entry's magnitude in its score.
     order : Tensor [H, D]
         Channel order; not used with ``axis="token"``.
     axis : {"channel", "token"}
-    sparsity : float
+    count : int
+        How many sub-blocks are pruned.
     sink_tokens : int
+    rescale : bool
 
     Returns
     -------
     Tensor [H, 256, D]
     """
     heads, _, _ = x.shape
+    rest = x - mean
+    score = rest.abs() if weight is None else rest.abs() * weight
     score = score.masked_fill(score.isnan(), math.inf)
     if axis == "channel":
         kept = _survivors(score, order)
@@ -129,11 +188,13 @@ def _prune(x, score, order, axis, sparsity, sink_tokens):
         tokens = torch.arange(PAGE).expand(heads, PAGE)
         kept = _survivors(score.transpose(1, 2), tokens).transpose(1, 2)
     # Again a stable sort: of sub-blocks with equal loss the lower index is pruned.
-    chosen = _losses(score, kept).argsort(dim=-1, stable=True)[:, : round(SUB_BLOCKS * sparsity)]
+    chosen = _losses(score, kept).argsort(dim=-1, stable=True)[:, :count]
     sparse = torch.zeros(heads, SUB_BLOCKS, dtype=torch.bool).scatter_(1, chosen, True)
     sparse = sparse.repeat_interleave(SUB_BLOCK, dim=1)
     sparse[:, :sink_tokens] = False  # after the choice: sink tokens do count in the losses
-    return x.masked_fill(sparse[..., None] & ~kept, 0.0)
+    if rescale:
+        rest = rest * (_token_norm_factor(score, kept, order) if axis == "channel" else _group_sum_factor(rest, kept))
+    return torch.where(sparse[..., None], mean + rest.masked_fill(~kept, 0.0), x)
 
 
 def compress_page(k, v, rule, layer):
@@ -149,20 +210,21 @@ def compress_page(k, v, rule, layer):
     Returns
     -------
     k', v' : Tensor [H, 256, D]
-        The page in dense form, with exact zeros where entries were dropped.
+        The page in dense form, as its readers see it.
     """
     heads, _, dim = k.shape
     table = (rule.tables or {}).get(layer, {})
-    natural = torch.arange(dim)
-    default = natural.reshape(4, dim // 4).T.flatten() if rule.policy == "strided" else natural
-    k_order = table.get("k_order", default.expand(heads, dim))
-    v_order = table.get("v_order", natural.expand(heads, dim))
-    k_weight = table.get("k_weight", torch.ones(heads, dim)).float()
-    k_score = k.abs().float() * k_weight[:, None]
-    v_score = v.abs().float()
+    k_order = table.get("k_order", _channel_order(rule.policy, dim).expand(heads, dim))
+    v_order = table.get("v_order", torch.arange(dim).expand(heads, dim))
+    weight = table["k_weight"].float()[:, None] if "k_weight" in table else None
+    zero = torch.zeros(heads, 1, dim)
+    mean = _sum(k, 1)[:, None] / PAGE if rule.key_mean else zero
+    k_count, v_count = rule.sub_blocks(layer)
+    # Without tables the norm would count channels that no query looks at: then K is not rescaled.
+    k_rescale, mean = rule.rescale and rule.tables is not None, mean.where(mean.isfinite(), 0.0)
     return (
-        _prune(k, k_score, k_order, "channel", rule.key_sparsity, rule.sink_tokens),
-        _prune(v, v_score, v_order, rule.value_axis, rule.value_sparsity, rule.sink_tokens),
+        _prune(k, mean, weight, k_order, "channel", k_count, rule.sink_tokens, k_rescale),
+        _prune(v, zero, None, v_order, rule.value_axis, v_count, rule.sink_tokens, rule.rescale),
     )
 
 

@@ -9,16 +9,16 @@ from tests.engine.serving import MAX, ask, close, engine, layers, metric, page_b
 
 def test_the_chunk_size_does_not_change_what_pages_say(model, tokens):
     """Up to rounding (a matrix product of 300 rows may round differently from one of 1 024), and where two scores were
-    equal up to that, which of the two values was kept."""
+    equal up to that, which of the two values was kept (and then the factor of its token, a little)."""
     prompt, stored = tokens[500:2100], []
     for chunk in (300, 1024):
         with engine(model, MAX, max_num_batched_tokens=chunk) as llm:
             impl = next(layer.impl for layer in layers(llm).values() if hasattr(layer, "impl"))
             pages = page_bytes(llm, prompt)
             regions = pages.view(-1, impl.num_kv_heads, impl.layout.head_bytes)
-            stored.append(torch.stack(codec.unpack(regions, impl.layout, impl.tables, torch.float32)))
+            stored.append(torch.stack(codec.unpack(regions, impl.layout, impl.policy, torch.float32)))
     a, b = stored
-    assert pages.shape[1] == 6 and (a != 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    assert pages.shape[1] == 6 and (a[1] != 0).float().mean() == pytest.approx(0.5, abs=0.01)
     far = (a - b).abs() > 1e-3
     assert far.float().mean() < 1e-3
 

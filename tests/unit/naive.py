@@ -1,13 +1,57 @@
 """The format's rules once more, in NumPy and for one head at a time: what the tests compare the package with.
 
-Written from docs and design texts.  Nothing here imports the package, and nothing is clever.
+Written from docs and design texts.  Nothing here imports the package, and nothing is clever: pairs are tried all six,
+sums are loops over pairs of neighbours.  Values are float32 arrays, of which the rules' dtypes are subsets; ``dtype``
+is the name of the one that the cache keeps.
 """
 
+import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 PAGE, SUB, SUBS = 256, 64, 4
+PAIRS = list(itertools.combinations(range(4), 2))
+LARGEST = {"float32": 2.0**127 * (2 - 2.0**-23), "float16": 65504.0, "bfloat16": 2.0**127 * (2 - 2.0**-7)}
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+class Side(NamedTuple):
+    """How K or V of one head is pruned.
+
+    order : [D], groups of four channels; None: groups of four tokens
+    weight : [D] by channel, or None
+    mean, rescale : the two corrections
+    """
+
+    order: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    mean: bool = False
+    rescale: bool = False
+
+
+class Read(NamedTuple):
+    """What readers of a page [256, D] see.
+
+    values : float32 [256, D]
+    exact : bool [256, D], where they see the input with all its bits
+    sparse : the sparse sub-blocks
+    """
+
+    values: np.ndarray
+    exact: np.ndarray
+    sparse: list[int]
+
+
+def quiet(function):
+    """Infinities and NaNs are inputs like others here."""
+
+    def inner(*args, **kwargs):
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return inner
 
 
 def read_border(position, window):
@@ -15,60 +59,156 @@ def read_border(position, window):
     return max(0, position // PAGE - window // PAGE) * PAGE
 
 
-def scores(x, weight):
-    """|x| * weight in float32 [tokens, D]; what is not a number counts as infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        s = np.abs(x.astype(np.float32))
-        if weight is not None:
-            s = (s * weight.astype(np.float32)).astype(np.float32)
+def rounded(x, dtype):
+    """float32 values after rounding to ``dtype``: to nearest, ties to even."""
+    x = np.asarray(x, np.float32)
+    if dtype == "float16":
+        return x.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = x.view(np.uint32).astype(np.uint64)
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return np.where(np.isnan(x), x, bits.astype(np.uint32).view(np.float32))
+    return x
+
+
+def tree_sum(terms):
+    """Sum of float32 numbers (or arrays), neighbours first: ((x0 + x1) + (x2 + x3)) + ..."""
+    terms = list(terms)
+    while len(terms) > 1:
+        terms = [terms[i] + terms[i + 1] for i in range(0, len(terms), 2)]
+    return terms[0]
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+def page_mean(x, dtype):
+    """Mean of each channel of a page, float32 [D]."""
+    mean = tree_sum(x.astype(np.float32)) / np.float32(PAGE)
+    return rounded(np.where(np.isfinite(mean), mean, np.float32(0)), dtype)
+
+
+def differences(x, side, dtype):
+    """What sparse sub-blocks keep of x [256, D] before rescaling, and the mean [D] that readers add."""
+    x = x.astype(np.float32)
+    if not side.mean:
+        return x, None
+    mean = page_mean(x, dtype)
+    return x - mean, mean
+
+
+def scores(values, weight):
+    """|value| * weight in float32; what is not a number counts as infinite."""
+    s = np.abs(values.astype(np.float32))
+    if weight is not None:
+        s = s * weight.astype(np.float32)
     return np.where(np.isnan(s), np.float32(np.inf), s)
 
 
-def keep_mask(x, order, weight, axis):
-    """Which values of x [tokens, D] the 2:4 rule keeps, bool [tokens, D]."""
-    s = scores(x, weight)
-    keep = np.zeros(x.shape, bool)
-    tokens, d = x.shape
-    if axis == "channel":
-        groups = [(slice(None), order[4 * i : 4 * i + 4]) for i in range(d // 4)]
-        for _, channels in groups:
-            best = np.argsort(-s[:, channels], axis=1, kind="stable")[:, :2]
-            for e in range(2):
-                keep[np.arange(tokens), np.asarray(channels)[best[:, e]]] = True
+def fours(x, order):
+    """The four members of all groups of x [tokens, D], stacked [4, ...]; order None: groups of four tokens."""
+    rows = x if order is None else x.T[order]
+    return rows.reshape(-1, 4, rows.shape[1]).transpose(1, 0, 2)
+
+
+def unfours(groups, order, shape):
+    """Inverse of `fours`."""
+    out = np.empty(shape, groups.dtype)
+    if order is None:
+        out[:] = groups.transpose(1, 0, 2).reshape(shape)
     else:
-        for first in range(0, tokens, 4):
-            best = np.argsort(-s[first : first + 4], axis=0, kind="stable")[:2]
-            for e in range(2):
-                keep[first + best[e], np.arange(d)] = True
-    return keep
+        out.T[order] = groups.transpose(1, 0, 2).reshape(shape[::-1])
+    return out
 
 
-def losses(x, keep, weight):
+def keep_mask(score, order):
+    """Which entries of score [tokens, D] the 2:4 rule keeps: of six pairs the first that nothing outside it beats."""
+    s = np.ascontiguousarray(fours(score, order))
+    keep, found = np.zeros(s.shape, bool), np.zeros(s.shape[1:], bool)
+    for i, j in PAIRS:
+        k, m = {0, 1, 2, 3} - {i, j}
+        best = (np.minimum(s[i], s[j]) >= np.maximum(s[k], s[m])) & ~found
+        keep[i] |= best
+        keep[j] |= best
+        found |= best
+    assert found.all()
+    return unfours(keep, order, score.shape)
+
+
+def losses(score, keep):
     """Dropped score of each sub-block of a page, in units of 2^-16 of the page's scale, as Python integers."""
-    s = scores(x, weight)
-    finite = s[np.isfinite(s)]
+    finite = score[np.isfinite(score)]
     top = float(finite.max()) if finite.size else 0.0
     exponent = math.frexp(top)[1]
-    units = np.floor(np.ldexp(np.where(np.isfinite(s), s, 0).astype(np.float64), 16 - exponent))
-    units[~np.isfinite(s)] = 2**16
+    units = np.floor(np.ldexp(np.where(np.isfinite(score), score, 0).astype(np.float64), 16 - exponent))
+    units[~np.isfinite(score)] = 2**16
     units[keep] = 0
     return [int(units[i * SUB : (i + 1) * SUB].sum()) for i in range(SUBS)]
 
 
-def sparse_subs(x, keep, weight, sparse):
+def sparse_subs(score, keep, sparse):
     """Indices of the ``sparse`` sub-blocks that lose least; of equal ones the first."""
-    loss = losses(x, keep, weight)
+    loss = losses(score, keep)
     return sorted(sorted(range(SUBS), key=lambda i: (loss[i], i))[:sparse])
 
 
-def prune(x, order, weight, axis, sparse, sinks=0):
+# ---- what is stored and read ---------------------------------------------------------------------------------------
+def norm_factors(score, keep, order):
+    """Factor of each token [256, 1]: whole norm by kept norm, norms of the scores in group order."""
+    squares = np.ascontiguousarray((score * score).T[order])
+    kept = np.where(keep.T[order], squares, np.float32(0))
+    factor = np.sqrt(tree_sum(squares) / tree_sum(kept))
+    return np.clip(np.where(np.isfinite(factor), factor, np.float32(1)), np.float32(1), np.float32(2))[:, None]
+
+
+def sum_factors(values, keep):
+    """Factor of each group of four tokens, repeated for each of them [256, D]: whole sum by kept sum."""
+    v, k = fours(values, None), fours(keep, None)
+    kept = np.empty_like(v[0])
+    for i, j in PAIRS:
+        here = k[i] & k[j]
+        kept[here] = (v[i] + v[j])[here]
+    factor = tree_sum(v) / kept
+    factor = np.clip(np.where(np.isfinite(factor), factor, np.float32(1)), np.float32(0.5), np.float32(2))
+    return np.repeat(factor, 4, axis=0)
+
+
+@quiet
+def stored(x, side, dtype):
+    """What a page's sparse sub-blocks would keep of x [256, D] if all four were sparse.
+
+    Returns
+    -------
+    kept : float32 [256, D], zero where dropped
+    keep : bool [256, D]
+    score : float32 [256, D]
+    mean : float32 [D] or None
+    """
+    values, mean = differences(x, side, dtype)
+    score = scores(values, side.weight)
+    keep = keep_mask(score, side.order)
+    kept = values
+    if side.rescale:
+        factor = sum_factors(values, keep) if side.order is None else norm_factors(score, keep, side.order)
+        kept = values * factor
+    low, high = -np.float32(LARGEST[dtype]), np.float32(LARGEST[dtype])
+    if mean is not None:  # what a reader adds up must be finite too, after the stored value was rounded
+        most = np.float32(LARGEST[dtype] * (1 - EPSILON[dtype]))
+        low, high = np.maximum(low, -most - mean), np.minimum(high, most - mean)
+    kept = rounded(np.where(np.isfinite(values), np.clip(kept, low, high), kept), dtype)
+    return np.where(keep, kept, np.float32(0)), keep, score, mean
+
+
+@quiet
+def read(x, side, dtype, sparse, sinks=0):
     """A page [256, D] of one head as its readers see it."""
-    keep = keep_mask(x, order, weight, axis)
-    chosen = sparse_subs(x, keep, weight, sparse)
-    for sub in set(range(SUBS)) - set(chosen):
-        keep[sub * SUB : (sub + 1) * SUB] = True
-    keep[:sinks] = True
-    return np.where(keep, x, 0).astype(x.dtype)
+    kept, keep, score, mean = stored(x, side, dtype)
+    chosen = sparse_subs(score, keep, sparse)
+    values, exact = x.astype(np.float32).copy(), np.ones(x.shape, bool)
+    for sub in chosen:
+        rows = slice(sub * SUB, (sub + 1) * SUB)
+        values[rows] = kept[rows] if mean is None else rounded(mean + kept[rows], dtype)
+        exact[rows] = keep[rows] & (mean is None and not side.rescale)
+    values[:sinks], exact[:sinks] = x[:sinks], True
+    return Read(values, exact, chosen)
 
 
 def attention(q, start, k, v, pruned_k, pruned_v, borders, scale):

@@ -8,17 +8,12 @@ the needed range point at a block of NaNs; entries of window blocks that were fr
 import naive
 import numpy as np
 import torch
+from policies import layer_policy, reading
 
 from hierasparse_vllm.ops.batch import Batch, ReadRule
 from hierasparse_vllm.ops.reference import ReferenceOps
 from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
-from hierasparse_vllm.policy import LayerTables
-
-
-def random_tables(heads, d, rng):
-    """Any channel orders and weights."""
-    k, v = (torch.from_numpy(np.stack([rng.permutation(d) for _ in range(heads)])) for _ in range(2))
-    return LayerTables(k, v, torch.from_numpy(rng.uniform(0.2, 3, (heads, d)).astype(np.float32)))
+from hierasparse_vllm.policy import LayerPolicy
 
 
 class Sequence:
@@ -33,21 +28,14 @@ class Sequence:
         self.pages, self.window = [], []
         self._pruned = None
 
-    def pruned(self, layout: PageLayout, tables: LayerTables):
+    def pruned(self, layout: PageLayout, policy: LayerPolicy):
         """K and V of the full pages after the tests' own pruning, float32 arrays [pages * 256, H, D]."""
         if self._pruned is None:
             sides = []
-            for x, order, weight, axis, sparse in (
-                (self.k, tables.k_order, tables.k_weight, "channel", layout.sparse_k),
-                (self.v, tables.v_order, None, layout.value_axis, layout.sparse_v),
-            ):
-                out = x[: len(x) // PAGE_TOKENS * PAGE_TOKENS].float().numpy().copy()
-                for first in range(0, len(out), PAGE_TOKENS):
-                    for h in range(out.shape[1]):
-                        page = out[first : first + PAGE_TOKENS, h]
-                        w = None if weight is None else weight[h].numpy()
-                        page[:] = naive.prune(page.copy(), order[h].numpy(), w, axis, sparse, layout.sink_tokens)
-                sides.append(out)
+            for x, side, sparse in ((self.k, policy.key, layout.sparse_k), (self.v, policy.value, layout.sparse_v)):
+                pages = x[: len(x) // PAGE_TOKENS * PAGE_TOKENS].unflatten(0, (-1, PAGE_TOKENS)).transpose(1, 2)
+                seen, _ = reading(pages, side, sparse, layout.sink_tokens)
+                sides.append(seen.transpose(1, 2).flatten(0, 1).float().numpy())
             self._pruned = sides
         return self._pruned
 
@@ -55,12 +43,12 @@ class Sequence:
 class Engine:
     """Runs steps of sequences through the ops and compares every output with the tests' own attention."""
 
-    def __init__(self, layout, dtype, rule: ReadRule, kv_heads, group, device="cpu", blocks=80, seed=0):
+    def __init__(self, layout, dtype, rule: ReadRule, kv_heads, group, device="cpu", blocks=80, seed=0, rescale=False):
         self.rng = np.random.default_rng(seed)
         self.layout, self.dtype, self.rule, self.device = layout, dtype, rule, torch.device(device)
         self.kv_heads, self.group, self.d = kv_heads, group, layout.head_size
-        self.host_tables = random_tables(kv_heads, self.d, self.rng)
-        self.tables = self.host_tables.to(self.device)
+        self.host_policy = layer_policy(kv_heads, self.d, layout.value_axis, seed, True, layout.key_mean, rescale)
+        self.policy = self.host_policy.to(self.device)
         self.window_block = layout.window_block(dtype.itemsize)
         self.scale = 1.3 * self.d**-0.5
         self.pool = torch.full((blocks, layout.page_bytes(kv_heads)), 255, dtype=torch.uint8, device=self.device)
@@ -147,10 +135,10 @@ class Engine:
         batch = self.batch(work)
         q, k, v = (self.rows(work, name) for name in "qkv")
         self.ops.store(k, v, batch, self.window)
-        filled = self.ops.compress(batch, self.window, self.pages, self.layout, self.tables)
+        filled = self.ops.compress(batch, self.window, self.pages, self.layout, self.policy)
         assert filled == sum((s.computed + n) // PAGE_TOKENS - s.computed // PAGE_TOKENS for s, n in work)
         out = torch.full_like(q, torch.nan)
-        self.ops.attend(q, batch, self.window, self.pages, self.layout, self.tables, self.scale, out)
+        self.ops.attend(q, batch, self.window, self.pages, self.layout, self.policy, self.scale, out)
         self.compressed += filled
         results, row = [], 0
         for seq, n in work:
@@ -165,7 +153,7 @@ class Engine:
         borders = [naive.read_border(start if chunk else n, self.rule.local_window) for n in range(start, end)]
         k, v = seq.k[:end].float().numpy(), seq.v[:end].float().numpy()
         q = seq.q[start:end].float().numpy()
-        return naive.attention(q, start, k, v, *seq.pruned(self.layout, self.host_tables), borders, self.scale)
+        return naive.attention(q, start, k, v, *seq.pruned(self.layout, self.host_policy), borders, self.scale)
 
     def checked_step(self, work, tolerance):
         starts = [seq.computed for seq, _ in work]

@@ -1,5 +1,7 @@
 """Tables files: what is saved is loaded, on every tensor-parallel rank its share; every bad file is refused by name."""
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 import struct
@@ -11,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from hierasparse_vllm import calibration
-from hierasparse_vllm.calibration import fingerprint, layer_tables, save
+from hierasparse_vllm.calibration import fingerprint, layer_layout, layer_policy, layer_tables, read, save
 from hierasparse_vllm.options import Options
-from hierasparse_vllm.policy import default_tables
+from hierasparse_vllm.page import PageLayout
 
 LAYER, HEADS, D = "model.layers.3.self_attn.attn", 4, 64
 HF = {
@@ -31,6 +33,9 @@ HF = {
 }
 MODEL = fingerprint(types.SimpleNamespace(**HF))
 FORMAT = {"format": "hierasparse-tables-1"}
+CHANNELS = ("k_order", "v_order", "k_weight")
+BUDGET = [0, 1, 2, 2, 3, 3, 4, 4, 4]
+"""Of 0 .. 8 sparse sub-blocks these are K's."""
 
 
 def vllm_config(tp=1, heads=HEADS, **changes):
@@ -47,10 +52,11 @@ def some_tables(heads=HEADS, d=D, seed=0):
         "k_order": torch.stack([torch.randperm(d, generator=gen) for _ in range(heads)]),
         "v_order": torch.stack([torch.randperm(d, generator=gen) for _ in range(heads)]),
         "k_weight": torch.rand(heads, d, generator=gen),
+        "budget": torch.tensor(BUDGET),
     }
 
 
-def write(path, kinds=("k_order", "v_order", "k_weight"), layer=LAYER, heads=HEADS, **changes):
+def write(path, kinds=calibration.KINDS, layer=LAYER, heads=HEADS, **changes):
     """Save tables of one layer; returns them."""
     tables = {**some_tables(heads), **changes}
     save(path, {f"{layer}.{kind}": tables[kind] for kind in kinds}, MODEL)
@@ -79,9 +85,10 @@ def path(tmp_path):
 # ---- what is saved is loaded ---------------------------------------------------------------------------------------
 def test_round_trip(path):
     want, got = write(path), load(path)
-    assert torch.equal(got.k_order, want["k_order"]) and got.k_order.dtype == torch.int64
-    assert torch.equal(got.v_order, want["v_order"]) and got.v_order.dtype == torch.int64
-    assert torch.equal(got.k_weight, want["k_weight"]) and got.k_weight.dtype == torch.float32
+    assert set(want) == set(got) == {*CHANNELS, "budget"}
+    for kind in want:
+        assert torch.equal(got[kind], want[kind].to(got[kind].dtype)), kind
+        assert got[kind].dtype == (torch.float32 if kind == "k_weight" else torch.int32)
 
 
 def test_each_layer_gets_its_own_tables(path):
@@ -89,33 +96,129 @@ def test_each_layer_gets_its_own_tables(path):
     flat = {f"{layer}.{kind}": t for layer, tables in layers.items() for kind, t in tables.items()}
     save(path, flat, MODEL)
     for layer, tables in layers.items():
-        assert torch.equal(load(path, layer=layer).k_order, tables["k_order"])
+        assert torch.equal(load(path, layer=layer)["k_order"], tables["k_order"])
 
 
-@pytest.mark.parametrize("policy", ["strided", "magnitude"])
-def test_what_a_file_does_not_have_comes_from_the_policy(path, policy):
-    defaults = default_tables(policy, HEADS, D)
-    for kind in ("k_order", "v_order", "k_weight"):
-        want, got = write(path, [kind]), load(path, policy=policy)
-        assert torch.equal(getattr(got, kind), want[kind])
-        for other in {"k_order", "v_order"} - {kind}:
-            assert torch.equal(getattr(got, other), getattr(defaults, other))
-        assert (got.k_weight is None) == (kind != "k_weight")
+@pytest.mark.parametrize("kind", calibration.KINDS)
+def test_a_file_may_have_some_kinds_alone(path, kind):
+    want = write(path, [kind])
+    got = load(path)
+    assert list(got) == [kind] and torch.equal(got[kind], want[kind].to(got[kind].dtype))
 
 
-def test_without_a_file_the_policy_alone_decides():
-    got = layer_tables(Options(policy="magnitude"), None, LAYER, HEADS, D)
-    assert torch.equal(got.k_order, default_tables("magnitude", HEADS, D).k_order) and got.k_weight is None
+def test_without_a_file_there_are_no_tables():
+    assert layer_tables(Options(), None, LAYER, HEADS, D) == {}
+
+
+def test_read_gives_metadata_and_all_tables(path):
+    want = write(path)
+    metadata, tables = read(path)
+    assert metadata["model"] == MODEL and metadata["format"] == FORMAT["format"]
+    assert set(tables) == {f"{LAYER}.{kind}" for kind in want}
+    metadata, tables = read(str(path), [f"{LAYER}.budget", "other.budget"])
+    assert list(tables) == [f"{LAYER}.budget"] and metadata["model"] == MODEL
 
 
 def test_saved_file_says_what_it_is_and_holds_small_types(path):
     write(path, k_order=some_tables()["k_order"].t().contiguous().t())  # not contiguous: safetensors alone would refuse
     tables = {"a.k_order": some_tables()["k_order"], "a.k_weight": torch.ones(HEADS, D).double()}
-    save(path, tables, "f00", "the command")
+    save(path, tables | {"a.budget": torch.tensor(BUDGET)}, "f00", "the command")
     header = path.read_bytes()
     header = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
-    assert header["__metadata__"] == {**FORMAT, "model": "f00", "command": "the command"}
-    assert (header["a.k_order"]["dtype"], header["a.k_weight"]["dtype"]) == ("I32", "F32")
+    version = importlib.metadata.version("hierasparse-vllm")
+    assert header["__metadata__"] == {**FORMAT, "model": "f00", "version": version, "command": "the command"}
+    assert [header[f"a.{kind}"]["dtype"] for kind in ("k_order", "k_weight", "budget")] == ["I32", "F32", "I32"]
+
+
+# ---- the policy of a layer -----------------------------------------------------------------------------------------
+def spread(d=D):
+    """Groups inside each rotary half, an eighth of the head apart."""
+    return [half + i + j * d // 8 for half in (0, d // 2) for i in range(d // 8) for j in range(4)]
+
+
+def made(tables=None, axis="channel", mean=True, **options):
+    """`layer_policy` of a layer with ``tables``."""
+    if tables:
+        options["tables"] = "/some/file"
+    return layer_policy(Options(**options), PageLayout(D, 2, value_axis=axis, key_mean=mean), tables or {}, HEADS)
+
+
+ORDERS = {
+    "auto": spread(),
+    "spread": spread(),
+    "strided": [i + j * D // 4 for i in range(D // 4) for j in range(4)],
+    "magnitude": list(range(D)),
+}
+
+
+@pytest.mark.parametrize("policy", ORDERS)
+def test_without_tables_the_option_names_the_order_of_k(policy):
+    got = made(policy=policy)
+    assert got.key.grouping.order.tolist() == [ORDERS[policy]] * HEADS and got.key.grouping.weight is None
+    assert got.value.grouping.order.tolist() == [list(range(D))] * HEADS and got.value.grouping.weight is None
+
+
+@pytest.mark.parametrize("policy", ["auto", "calibrated"])
+def test_with_tables_orders_and_weights_are_the_tables(policy, path):
+    want = write(path)
+    got = made(load(path), policy=policy)
+    assert torch.equal(got.key.grouping.order, want["k_order"]) and got.key.grouping.order.dtype == torch.int64
+    assert torch.equal(got.key.grouping.weight, want["k_weight"])
+    assert torch.equal(got.value.grouping.order, want["v_order"]) and got.value.grouping.order.dtype == torch.int64
+    assert got.value.grouping.weight is None, "V has no weights"
+
+
+@pytest.mark.parametrize("kind", calibration.KINDS)
+def test_kinds_that_the_tables_do_not_have_are_the_defaults(kind, path):
+    want = write(path, [kind])[kind]
+    got = made(load(path))
+    assert got.key.grouping.order.tolist() == (want.tolist() if kind == "k_order" else [spread()] * HEADS)
+    assert got.value.grouping.order.tolist() == (want.tolist() if kind == "v_order" else [list(range(D))] * HEADS)
+    weight = got.key.grouping.weight
+    if kind == "k_weight":
+        assert torch.equal(weight, want)
+    else:
+        assert weight is None or (weight == 1).all()
+
+
+@pytest.mark.parametrize("tables", [None, some_tables()], ids=["no tables", "tables"])
+def test_on_the_token_axis_v_needs_no_order(tables):
+    got = made(tables, axis="token")
+    assert got.value.grouping.axis == "token" and got.key.grouping.axis == "channel"
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("tables", [None, some_tables()], ids=["no tables", "tables"])
+def test_v_is_rescaled_and_with_tables_k_and_k_alone_has_a_mean(tables, rescale, mean, axis):
+    got = made(tables, axis, mean, rescale=rescale)
+    assert (got.key.mean, got.value.mean, got.value.rescale) == (mean, False, rescale)
+    assert got.key.rescale == (rescale and tables is not None)
+
+
+# ---- budgets -------------------------------------------------------------------------------------------------------
+def split(sparse, tables, **options):
+    layout = PageLayout(128, 2, *sparse, "token", 3, True)
+    got = layer_layout(Options(**options), layout, tables)
+    assert got.head_bytes == layout.head_bytes, "all layers share one pool"
+    assert dataclasses.replace(got, sparse_k=sparse[0], sparse_v=sparse[1]) == layout, "nothing else changes"
+    return got.sparse_k, got.sparse_v
+
+
+@pytest.mark.parametrize("sparse", [(k, v) for k in range(5) for v in range(5)])
+def test_a_budget_splits_the_same_total_between_k_and_v(sparse):
+    total = sum(sparse)
+    assert split(sparse, some_tables()) == (BUDGET[total], total - BUDGET[total])
+    assert split(sparse, {"budget": torch.tensor(BUDGET).int()}) == (BUDGET[total], total - BUDGET[total])
+
+
+def test_without_a_budget_or_where_the_option_says_so_the_preset_holds():
+    tables = some_tables()
+    assert split((4, 2), tables) == (4, 2) == split((4, 2), {}) and BUDGET[6] == 4
+    assert split((2, 2), tables) == (3, 1)
+    assert split((2, 2), {kind: tables[kind] for kind in CHANNELS}) == (2, 2)
+    assert split((2, 2), tables, layer_budget=False) == (2, 2)
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------------------------
@@ -190,12 +293,46 @@ def test_a_layer_that_the_file_does_not_have_is_refused(path, layer):
     assert f"nothing for layer {layer!r}" in text
 
 
-@pytest.mark.parametrize("kind", calibration.KINDS)
+@pytest.mark.parametrize("kind", CHANNELS)
 @pytest.mark.parametrize("shape", [(HEADS - 1, D), (HEADS, D // 2), (D, HEADS), (HEADS * D,), (1, HEADS, D)], ids=str)
 def test_a_wrong_shape_is_refused(path, kind, shape):
     write(path, [kind], **{kind: torch.zeros(shape)})
     text = refusal(path)
     assert f"{LAYER}.{kind}" in text and str(list(shape)) in text and str([HEADS, D]) in text
+
+
+@pytest.mark.parametrize("shape", [(8,), (10,), (1, 9), (HEADS, 9), (0,)], ids=str)
+def test_a_budget_of_a_wrong_shape_is_refused(path, shape):
+    write(path, budget=torch.zeros(shape))
+    text = refusal(path)
+    assert f"{LAYER}.budget" in text and str(list(shape)) in text and "[9]" in text
+
+
+@pytest.mark.parametrize(
+    "total, value", [(0, 1), (0, -1), (1, 2), (3, 4), (4, 5), (5, 0), (6, 1), (7, 2), (8, 3), (8, 5)]
+)
+def test_a_budget_that_no_page_can_have_is_refused(path, total, value):
+    """At most four of K's, at most four of V's."""
+    write(path, budget=torch.tensor([value if n == total else x for n, x in enumerate(BUDGET)]))
+    text = refusal(path)
+    assert f"{LAYER}.budget" in text and "how many of them are K's" in text
+
+
+@pytest.mark.parametrize("budget", [[max(0, n - 4) for n in range(9)], [min(4, n) for n in range(9)]])
+def test_a_budget_at_its_bounds_is_taken(path, budget):
+    write(path, budget=torch.tensor(budget))
+    assert load(path)["budget"].tolist() == budget
+
+
+def test_a_fractional_budget_is_refused(path):
+    save_file({f"{LAYER}.budget": torch.tensor(BUDGET).float()}, str(path), metadata={**FORMAT, "model": MODEL})
+    assert "how many of them are K's" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["k_order", "v_order"])
+def test_a_fractional_order_is_refused(path, kind):
+    save_file({f"{LAYER}.{kind}": some_tables()[kind].float()}, str(path), metadata={**FORMAT, "model": MODEL})
+    assert "not a permutation" in refusal(path)
 
 
 def swap(order, head, place, value):
@@ -227,11 +364,11 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(path, value):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_weights_of_another_type_are_refused_or_become_float32(path, dtype):
-    """`LayerTables` promises float32, whoever wrote the file: kernels will read the bytes."""
+    """A policy has float32 weights, whoever wrote the file: kernels will read the bytes."""
     weight = some_tables()["k_weight"].to(dtype)
     save_file({f"{LAYER}.k_weight": weight}, str(path), metadata={**FORMAT, "model": MODEL})
     try:
-        got = load(path).k_weight
+        got = made(load(path)).key.grouping.weight
     except ValueError as refused:
         assert "k_weight" in str(refused)
     else:
@@ -240,7 +377,7 @@ def test_weights_of_another_type_are_refused_or_become_float32(path, dtype):
 
 def test_weights_of_zero_are_taken(path):
     write(path, k_weight=torch.zeros(HEADS, D))
-    assert not load(path).k_weight.any()
+    assert not load(path)["k_weight"].any()
 
 
 # ---- tensor parallelism --------------------------------------------------------------------------------------------
@@ -257,6 +394,7 @@ def test_ranks_get_the_heads_that_vllm_gives_them(path, monkeypatch, total, size
         got = load(path, vllm_config(size, total), heads=per_rank)
         mine = range(rank // copies * per_rank, rank // copies * per_rank + per_rank)
         seen += mine
-        for kind, table in want.items():
-            assert torch.equal(getattr(got, kind), table[list(mine)]), f"{kind} of rank {rank}"
+        for kind in CHANNELS:
+            assert torch.equal(got[kind].to(want[kind].dtype), want[kind][list(mine)]), f"{kind} of rank {rank}"
+        assert got["budget"].tolist() == BUDGET, "a layer's budget is that of all its heads"
     assert sorted(seen) == sorted(list(range(total)) * copies), "every head is served"

@@ -17,9 +17,10 @@ import torch
 
 from hierasparse_vllm.ops.reference import codec
 from hierasparse_vllm.page import LAYOUT_VERSION, PageLayout
-from hierasparse_vllm.policy import LayerTables
+from hierasparse_vllm.policy import Channels, LayerPolicy, SidePolicy, Tokens
 
-SPARSITIES = [(4, 4), (0, 0), (2, 3), (1, 2)]
+CASES = [(4, 4, True), (0, 0, True), (2, 3, True), (1, 2, False), (4, 2, False)]
+"""Sparse sub-blocks of K and V, and whether there are corrections (a mean of K, rescaling)."""
 
 
 def sparse_operand(values, words, rows, columns):
@@ -116,27 +117,34 @@ def random_page(d, seed):
     return k, v, rng.permutation(d), rng.permutation(d)
 
 
-def pack_one(k, v, k_order, v_order, layout):
-    tables = LayerTables(torch.from_numpy(k_order)[None], torch.from_numpy(v_order)[None])
-    packed = codec.pack(torch.from_numpy(k)[None, None], torch.from_numpy(v)[None, None], layout, tables)
+def pack_one(k, v, k_order, v_order, layout, rescale=False, weight=None):
+    """Bytes of one head's page."""
+    key = Channels(torch.from_numpy(k_order)[None], None if weight is None else torch.from_numpy(weight)[None])
+    value = Tokens() if layout.value_axis == "token" else Channels(torch.from_numpy(v_order)[None])
+    policy = LayerPolicy(SidePolicy(key, layout.key_mean, rescale), SidePolicy(value, rescale=rescale))
+    packed = codec.pack(torch.from_numpy(k)[None, None], torch.from_numpy(v)[None, None], layout, policy)
     return packed[0, 0].numpy().tobytes()
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
-@pytest.mark.parametrize("sparse_k, sparse_v", SPARSITIES)
+@pytest.mark.parametrize("sparse_k, sparse_v, corrected", CASES)
 @pytest.mark.parametrize("d", [64, 128, 256])
-def test_a_tensor_core_reads_the_pruned_matrix(d, sparse_k, sparse_v, axis):
+def test_a_tensor_core_reads_the_pruned_matrix(d, sparse_k, sparse_v, corrected, axis):
     sinks = 3
     k, v, k_order, v_order = random_page(d, seed=d + 10 * sparse_k + sparse_v)
-    data = pack_one(k, v, k_order, v_order, PageLayout(d, 2, sparse_k, sparse_v, axis, sinks))
+    data = pack_one(k, v, k_order, v_order, PageLayout(d, 2, sparse_k, sparse_v, axis, sinks, corrected), corrected)
     sink_bytes = -(-sinks * d * 2 // 128) * 128
-    at = 128 + 2 * sink_bytes
-    assert data[128 : 128 + sinks * d * 2] == k[:sinks].tobytes()
-    assert data[128 + sink_bytes :][: sinks * d * 2] == v[:sinks].tobytes()
+    sink_at = 128 + corrected * d * 2  # the mean of K takes whole 128 bytes for every D
+    at = sink_at + 2 * sink_bytes
+    assert data[sink_at:][: sinks * d * 2] == k[:sinks].tobytes()
+    assert data[sink_at + sink_bytes :][: sinks * d * 2] == v[:sinks].tobytes()
     for side, x, order, sparse in (("k", k, k_order, sparse_k), ("v", v, v_order, sparse_v)):
-        side_axis = "channel" if side == "k" else axis
-        keep = naive.keep_mask(x, order, None, side_axis)
-        chosen = naive.sparse_subs(x, keep, None, sparse)
+        groups = None if (side, axis) == ("v", "token") else order
+        rule = naive.Side(groups, None, corrected and side == "k", corrected)
+        kept, keep, score, mean = naive.stored(x.astype(np.float32), rule, "float16")
+        if mean is not None:
+            assert data[128:sink_at] == mean.astype(np.float16).tobytes(), "in the model's channel order"
+        chosen = naive.sparse_subs(score, keep, sparse)
         first = (1 << sparse) - 1
         mask = (data[0] >> (4 * (side == "v")) & 15) ^ first
         assert mask == sum(1 << sub for sub in chosen)
@@ -145,8 +153,8 @@ def test_a_tensor_core_reads_the_pruned_matrix(d, sparse_k, sparse_v, axis):
             got = read_sub_block(data[at : at + size], side, axis, sub in chosen, d, np.float16)
             at += size
             rows = slice(64 * sub, 64 * sub + 64)
-            want = np.where(keep[rows], x[rows], 0) if sub in chosen else x[rows]
-            want = want if (side, axis) == ("v", "token") else want[:, order]
+            want = kept[rows].astype(np.float16) if sub in chosen else x[rows]
+            want = want if groups is None else want[:, order]
             assert np.array_equal(got, want), (side, sub)
     assert not any(data[1:128]) and at == len(data)
 
@@ -159,7 +167,7 @@ def test_the_fragments_of_float32_pages_are_in_the_same_order():
     for i, (side, x, order) in enumerate([("k", k, k_order)] * 4 + [("v", v, v_order)] * 4):
         rows = slice(64 * (i % 4), 64 * (i % 4) + 64)
         got = read_sub_block(data[128 + i * size : 128 + (i + 1) * size], side, "channel", True, 64, np.float32)
-        want = np.where(naive.keep_mask(x, order, None, "channel"), x, 0)[rows][:, order]
+        want = naive.stored(x, naive.Side(order), "float32")[0][rows][:, order]
         assert np.array_equal(got, want)
 
 
@@ -175,16 +183,34 @@ def golden_input(d):
 # To regenerate: run the test; its message tells the new digests.  A new digest means that pages written by older code
 # are read wrongly, so LAYOUT_VERSION must change with it (and docs/page-format.md, and csrc/page.h).
 GOLDEN = {
-    (1, 64, 4, 4, "channel", 0): "8e5a13babae40b9a914dd513f460135c",
-    (1, 64, 2, 1, "token", 4): "b3d9c69d21fdb4e248b2c025eb419b49",
-    (1, 128, 4, 2, "channel", 1): "923067c40542be3c9c35ae233dfc9e40",
-    (1, 256, 3, 4, "token", 0): "0b397fd800cdd889cf666c5887af41ef",
+    (2, 64, 4, 4, "channel", 0): "8e5a13babae40b9a914dd513f460135c",
+    (2, 64, 2, 1, "token", 4): "b3d9c69d21fdb4e248b2c025eb419b49",
+    (2, 128, 4, 2, "channel", 1): "923067c40542be3c9c35ae233dfc9e40",
+    (2, 256, 3, 4, "token", 0): "0b397fd800cdd889cf666c5887af41ef",
 }
+CORRECTED = {  # with weights, the mean of K, and rescaling
+    (2, 64, 2, 1, "token", 4): "d9a7b97b267718514c6c8a7f4e3bea47",
+    (2, 128, 4, 2, "channel", 1): "6b14fbfc5c9c4d2d33c6e4fd103c8ba2",
+    (2, 256, 3, 4, "channel", 0): "018f58860b1392716198f988428e053e",
+}
+
+
+def check_golden(key, want, data):
+    digest = hashlib.sha256(data).hexdigest()[:32]
+    assert (key[0], digest) == (LAYOUT_VERSION, want), f"{key}: {digest!r} of layout {LAYOUT_VERSION}"
 
 
 @pytest.mark.parametrize("key", GOLDEN, ids=str)
 def test_packed_pages_have_not_changed(key):
-    version, d, sparse_k, sparse_v, axis, sinks = key
-    data = pack_one(*golden_input(d), PageLayout(d, 2, sparse_k, sparse_v, axis, sinks))
-    digest = hashlib.sha256(data).hexdigest()[:32]
-    assert (version, digest) == (LAYOUT_VERSION, GOLDEN[key]), f"{key}: {digest!r} of layout {LAYOUT_VERSION}"
+    """Nor have these since version 1, which had no mean."""
+    check_golden(key, GOLDEN[key], pack_one(*golden_input(key[1]), PageLayout(key[1], 2, *key[2:])))
+
+
+@pytest.mark.parametrize("key", CORRECTED, ids=str)
+def test_packed_pages_with_corrections_have_not_changed(key):
+    k, v, *orders = golden_input(key[1])
+    channel = np.arange(key[1])
+    k += (channel % 9 - 4).astype(np.float16)  # a mean that is not near zero
+    weight = ((channel * 5 % 7 + 1) / 4).astype(np.float32)
+    layout = PageLayout(key[1], 2, *key[2:], key_mean=True)
+    check_golden(key, CORRECTED[key], pack_one(k, v, *orders, layout, True, weight))

@@ -28,8 +28,10 @@ BORDERS = (1, 255, 256, 257, 511, 512, 513)
 def engine(
     device="cpu", d=64, sparse=(4, 2), axis="channel", sinks=0, kv_heads=2, group=3, window=256, chunk=False, **kw
 ):
-    dtype = kw.pop("dtype", torch.float32)
-    layout = PageLayout(d, dtype.itemsize, *sparse, axis, sinks, kw.pop("dense_page", False))
+    """An engine with any policy; mean and rescaling, as in the defaults, unless told otherwise."""
+    dtype, mean = kw.pop("dtype", torch.float32), kw.pop("mean", True)
+    layout = PageLayout(d, dtype.itemsize, *sparse, axis, sinks, mean, kw.pop("dense_page", False))
+    kw.setdefault("rescale", True)
     return Engine(layout, dtype, ReadRule(window, chunk), kv_heads, group, device, **kw)
 
 
@@ -71,6 +73,8 @@ def test_random_schedule(window, seed, device):
         sinks=(0, 5, 64, 1)[seed],
         window=window,
         chunk=seed == 2,
+        mean=seed in (0, 2),
+        rescale=seed in (0, 1),
         seed=window + seed,
     )
     run_schedule(e, [1030, 700, 258, 1, 513], 60, F32)
@@ -78,11 +82,24 @@ def test_random_schedule(window, seed, device):
 
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
 def test_random_schedule_in_half_precision(dtype, device):
-    run_schedule(engine(device, d=128, axis="token", dtype=dtype, seed=3), [900, 257, 1], 30, LOOSE[dtype])
+    run_schedule(engine(device, d=128, axis="token", dtype=dtype, seed=5), [900, 257, 1], 30, LOOSE[dtype])
 
 
-def test_random_schedule_on_dense_pages(device):
-    run_schedule(engine(device, sparse=(3, 1), sinks=2, dense_page=True, seed=4), [900, 300], 40, F32)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_random_schedule_on_dense_pages(corrected, device):
+    e = engine(device, sparse=(3, 1), sinks=2, dense_page=True, seed=4, mean=corrected, rescale=corrected)
+    run_schedule(e, [900, 300], 40, F32)
+
+
+@pytest.mark.parametrize("dense_page", [False, True])
+def test_with_sparsity_zero_the_policy_changes_no_bit(dense_page, device):
+    outputs = []
+    for corrected in (False, True):
+        e = engine(device, sparse=(0, 0), dense_page=dense_page, window=0, seed=12, mean=corrected, rescale=corrected)
+        seq = e.sequence(600)
+        assert torch.equal(torch.from_numpy(seq.pruned(e.layout, e.host_policy)[0]), seq.k[:512])
+        outputs.append([e.checked_step([(seq, n)], F32)[0] for n in (300, 299, 1)])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 @given(
@@ -94,14 +111,17 @@ def test_random_schedule_on_dense_pages(device):
     sparse=st.tuples(st.integers(0, 4), st.integers(0, 4)),
     axis=st.sampled_from(["channel", "token"]),
     sinks=st.sampled_from([0, 1, 64]),
+    mean=st.booleans(),
+    rescale=st.booleans(),
     lengths=st.lists(st.sampled_from([*BORDERS, 2, 300, 770]), min_size=1, max_size=3),
     first=st.sampled_from([*BORDERS, 10_000]),
     then=st.sampled_from([100, 256, 300]),
     seed=st.integers(0, 10_000),
 )
 @settings(max_examples=50)
-def test_any_shape(d, kv_heads, group, window, chunk, sparse, axis, sinks, lengths, first, then, seed):
-    e = engine("cpu", d, sparse, axis, sinks, kv_heads, group, window, chunk, blocks=64, seed=seed)
+def test_any_shape(d, kv_heads, group, window, chunk, sparse, axis, sinks, mean, rescale, lengths, first, then, seed):
+    kw = {"blocks": 64, "seed": seed, "mean": mean, "rescale": rescale}
+    e = engine("cpu", d, sparse, axis, sinks, kv_heads, group, window, chunk, **kw)
     running = [e.sequence(n) for n in lengths]
     for most in itertools.chain([first], itertools.cycle([then, 1])):
         e.checked_step([(seq, min(most, seq.length - seq.computed)) for seq in running], F32)
@@ -256,7 +276,7 @@ def test_compress_writes_the_filled_pages_and_nothing_else(device):
     batch = e.batch(work)
     e.ops.store(e.rows(work, "k"), e.rows(work, "v"), batch, e.window)
     before = e.pool.clone()
-    assert e.ops.compress(batch, e.window, e.pages, e.layout, e.tables) == 2
+    assert e.ops.compress(batch, e.window, e.pages, e.layout, e.policy) == 2
     changed = (e.pool != before).any(dim=1).nonzero().flatten().tolist()
     assert changed == sorted(a.pages[:2])
 
@@ -272,10 +292,10 @@ def test_steps_on_null_blocks_write_no_page(device):
     batch.slots.fill_(-1)
     before = e.pool.clone()
     e.ops.store(e.rows([(seq, 300)], "k"), e.rows([(seq, 300)], "v"), batch, e.window)
-    assert e.ops.compress(batch, e.window, e.pages, e.layout, e.tables) == 0
+    assert e.ops.compress(batch, e.window, e.pages, e.layout, e.policy) == 0
     assert torch.equal(e.pool, before)
     out = torch.full((303, 6, 64), torch.nan, device=device)
-    e.ops.attend(e.rows([(seq, 300)], "q"), batch, e.window, e.pages, e.layout, e.tables, e.scale, out)
+    e.ops.attend(e.rows([(seq, 300)], "q"), batch, e.window, e.pages, e.layout, e.policy, e.scale, out)
     assert not out[:300].any(), "attention over zeros"
 
 

@@ -15,10 +15,13 @@ DEFAULTS = {
     "key_sparsity": 1.0,
     "value_sparsity": 0.5,
     "local_window": 256,
-    "sink_tokens": 0,
-    "policy": "strided",
+    "sink_tokens": 1,
+    "policy": "auto",
+    "key_mean": True,
+    "rescale": True,
     "value_axis": "channel",
     "tables": None,
+    "layer_budget": True,
     "storage": "compressed",
     "prefill": "position",
     "log_interval": 10.0,
@@ -79,11 +82,18 @@ def test_sparsities_are_quarters(value, subs):
         ("local_window", 0),
         ("local_window", 256),
         ("local_window", 65_536),
+        ("sink_tokens", 0),
         ("sink_tokens", 64),
+        ("policy", "auto"),
         ("policy", "magnitude"),
+        ("policy", "strided"),
+        ("policy", "spread"),
+        ("key_mean", False),
+        ("rescale", False),
         ("value_axis", "token"),
         ("tables", "/some/file.safetensors"),
         ("tables", None),
+        ("layer_budget", False),
         ("storage", "dense_page"),
         ("prefill", "chunk"),
         ("log_interval", 0),
@@ -93,6 +103,29 @@ def test_sparsities_are_quarters(value, subs):
 )
 def test_allowed_values_are_taken_as_they_are(key, value):
     assert getattr(read({key: value}), key) == value
+
+
+def test_policy_calibrated_is_taken_with_tables():
+    for policy in ("auto", "calibrated"):
+        assert read({"policy": policy, "tables": "/some/file"}).policy == policy
+
+
+@pytest.mark.parametrize(
+    "sparsities", [{"key_sparsity": 1}, {"value_sparsity": 0.5}, {"key_sparsity": 0, "value_sparsity": 1}]
+)
+def test_spelt_out_sparsities_hold_for_every_layer(sparsities):
+    """Even where they are those of the preset: who spells them out means them."""
+    for preset in ({}, {"preset": "quality"}):
+        assert not read({**preset, **sparsities}).layer_budget
+        assert not read({**sparsities, **preset, "layer_budget": False}).layer_budget
+        assert read({**preset, **sparsities, "layer_budget": True}).layer_budget
+        assert read({"layer_budget": True, **sparsities, **preset}).layer_budget
+
+
+def test_presets_and_other_options_leave_the_budget_to_the_tables():
+    for section in ({}, {"preset": "max"}, {"preset": "quality", "sink_tokens": 4}, {"tables": "/some/file"}):
+        assert read(section).layer_budget
+        assert not read({**section, "layer_budget": False}).layer_budget
 
 
 def test_options_cannot_be_changed_later():
@@ -108,9 +141,12 @@ WRONG = {
     "value_sparsity": [0.1, True, False, "1", None, math.nan],
     "local_window": [100, 255, 257, -256, 128.0, 0.5, True, False, "256", None, math.nan, math.inf, [256]],
     "sink_tokens": [65, -1, 1.5, True, False, "4", None, math.nan, -math.inf, {}],
-    "policy": ["greedy", None, 0, True, []],
+    "policy": ["greedy", "Spread", None, 0, True, []],
+    "key_mean": [0, 1, 1.0, "true", None, []],
+    "rescale": [0, 1, 0.0, "false", None, {}],
     "value_axis": ["channels", "tokens", None, 1, True],
     "tables": [1, True, 0.0, ["a"], {}, math.nan],
+    "layer_budget": [0, 1, "yes", None, [True]],
     "storage": ["dense", None, True, 1],
     "prefill": ["chunks", None, False, 0],
     "log_interval": [-1, -0.001, "10", None, True, False, math.nan, -math.inf, [1]],
@@ -122,9 +158,12 @@ ALLOWED = {
     "value_sparsity": QUARTERS,
     "local_window": ("whole numbers from 0", "steps of 256"),
     "sink_tokens": ("whole numbers from 0 to 64",),
-    "policy": ("'magnitude'", "'strided'"),
+    "policy": ("'auto'", "'magnitude'", "'strided'", "'spread'", "'calibrated'"),
+    "key_mean": ("true and false",),
+    "rescale": ("true and false",),
     "value_axis": ("'channel'", "'token'"),
     "tables": ("a path or null",),
+    "layer_budget": ("true and false",),
     "storage": ("'compressed'", "'dense_page'"),
     "prefill": ("'position'", "'chunk'"),
     "log_interval": ("numbers from 0",),
@@ -152,6 +191,21 @@ def test_a_wrong_value_is_refused_in_one_sentence_with_key_value_and_choices(key
 def test_a_wrong_value_is_refused_by_the_constructor_too(key, value):
     with pytest.raises(ValueError, match=f"option '{key}'"):
         Options(**{key: value})
+
+
+def test_policy_calibrated_without_tables_is_refused():
+    text = refusal({"policy": "calibrated"})
+    assert is_one_sentence(text)
+    assert "'policy' is 'calibrated'" in text and "no tables" in text and "`hierasparse calibrate`" in text
+    with pytest.raises(ValueError, match="no tables are given"):
+        Options(policy="calibrated")
+
+
+@pytest.mark.parametrize("policy", ["magnitude", "strided", "spread"])
+def test_a_policy_that_uses_no_tables_is_refused_with_tables(policy):
+    text = refusal({"policy": policy, "tables": "/some/file"})
+    assert is_one_sentence(text)
+    assert f"'policy' is {policy!r}" in text and "remove one of the two" in text
 
 
 @pytest.mark.parametrize("key", ["keysparsity", "Preset", "", "local-window", 5, None])

@@ -13,9 +13,14 @@ import torch
 from hierasparse_vllm.page import ALIGN, HEAD_SIZES, PageLayout
 
 ALL = [
-    PageLayout(d, vb, sk, sv, axis, sinks)
-    for d, vb, sk, sv, axis, sinks in itertools.product(
-        HEAD_SIZES, (1, 2, 4), range(5), range(5), ("channel", "token"), (0, 1, 3, 4, 63, 64)
+    PageLayout(d, vb, sk, sv, axis, sinks, mean)
+    for d, vb, sk, sv, axis, (sinks, mean) in itertools.product(
+        HEAD_SIZES,
+        (1, 2, 4),
+        range(5),
+        range(5),
+        ("channel", "token"),
+        [(0, False), (0, True), (1, False), (1, True), (3, True), (4, False), (63, True), (64, False)],
     )
 ]
 
@@ -24,7 +29,8 @@ def regions(layout, k_mask, v_mask):
     """All regions of one head as (name, start, bytes), sizes counted from what they hold."""
     d, vb = layout.head_size, layout.value_bytes
     sinks = layout.sink_tokens * d * vb
-    out = [("index", 0, 128), ("sink k", layout.sink_offset, sinks)]
+    out = [("index", 0, 128), ("mean k", layout.mean_offset, layout.key_mean * d * vb)]
+    out.append(("sink k", layout.sink_offset, sinks))
     out.append(("sink v", layout.sink_offset + layout.sink_bytes, sinks))
     for side, mask in (("k", k_mask), ("v", v_mask)):
         for sub in range(4):
@@ -49,15 +55,21 @@ def test_every_region_is_aligned_and_disjoint_and_inside_the_page():
                 assert start >= end, (layout, name, "overlaps the region before it")
                 end = start + size
             assert end <= layout.head_bytes, (layout, name)
+            order = ["index", "mean k", "sink k", "sink v"]
+            names = [n for n, _, _ in sorted(regions(layout, k_mask, v_mask), key=lambda r: r[1])]
+            assert names[:-8] == [n for n in order if n in names]
+            assert {n[0] for n in names[-8:-4]} == {"k"} and {n[0] for n in names[-4:]} == {"v"}
         assert layout.head_bytes % ALIGN == 0
 
 
 def test_nothing_but_padding_lies_between_the_regions():
     for layout in ALL:
         used = sum(size for _, _, size in regions(layout, masks(layout.sparse_k)[0], masks(layout.sparse_v)[0]))
-        padding = 2 * (layout.sink_bytes - layout.sink_tokens * layout.head_size * layout.value_bytes)
-        assert 0 <= padding // 2 < ALIGN
-        assert used + padding == layout.head_bytes, layout
+        row = layout.head_size * layout.value_bytes
+        sinks = layout.sink_bytes - layout.sink_tokens * row
+        mean = layout.mean_bytes - layout.key_mean * row
+        assert 0 <= sinks < ALIGN and 0 <= mean < ALIGN
+        assert used + 2 * sinks + mean == layout.head_bytes, layout
 
 
 def test_metadata_words_and_16_byte_loads_are_aligned():
@@ -79,6 +91,10 @@ def test_metadata_words_and_16_byte_loads_are_aligned():
         ((128, 1, 4, 0), 128 + 4 * 5120 + 4 * 8192),
         ((64, 2, 4, 4, "token", 4), 128 + 2 * 512 + 8 * 4608),
         ((64, 1, 4, 4, "channel", 1), 128 + 2 * 128 + 8 * 2560),  # 64 bytes of a sink row take a whole 128
+        ((128, 2, 4, 2, "channel", 0, True), 128 + 256 + 6 * 9216 + 2 * 16384),
+        ((128, 2, 4, 2, "channel", 1, True), 128 + 256 + 2 * 256 + 6 * 9216 + 2 * 16384),  # the defaults
+        ((64, 1, 4, 4, "channel", 0, True), 128 + 128 + 8 * 2560),
+        ((64, 4, 0, 0, "token", 0, True), 128 + 256 + 8 * 16384),
     ],
 )
 def test_bytes_per_head_are_as_documented(arguments, expected):
@@ -94,9 +110,25 @@ def test_full_sparsity_in_bf16_takes_56_percent_of_dense():
     assert round(100 * layout.head_bytes / layout.dense_head_bytes, 2) == 56.35
 
 
+def test_the_mean_follows_the_index_word_and_moves_the_rest():
+    for d, vb, sinks in itertools.product(HEAD_SIZES, (1, 2, 4), (0, 1)):
+        plain, mean = (PageLayout(d, vb, 3, 1, "channel", sinks, on) for on in (False, True))
+        size = max(128, d * vb)
+        assert (plain.mean_bytes, mean.mean_bytes, mean.mean_offset) == (0, size, 128)
+        for name in ("sink_offset", "k_offset", "v_offset", "head_bytes"):
+            assert getattr(mean, name) == getattr(plain, name) + size
+
+
+def test_the_split_between_k_and_v_changes_no_size():
+    """What budgets per layer rest on: all layers share one pool of pages."""
+    for d, vb, total, mean in itertools.product(HEAD_SIZES, (1, 2, 4), range(9), (False, True)):
+        splits = [(k, total - k) for k in range(5) if 0 <= total - k <= 4]
+        assert len({PageLayout(d, vb, *split, "channel", 1, mean).head_bytes for split in splits}) == 1
+
+
 def test_dense_page_has_the_size_of_the_dense_cache():
-    for d, vb, sparse in itertools.product(HEAD_SIZES, (2, 4), range(5)):
-        assert PageLayout(d, vb, sparse, sparse, dense_page=True).head_bytes == 256 * 2 * d * vb
+    for d, vb, sparse, mean in itertools.product(HEAD_SIZES, (2, 4), range(5), (False, True)):
+        assert PageLayout(d, vb, sparse, sparse, key_mean=mean, dense_page=True).head_bytes == 256 * 2 * d * vb
 
 
 def test_window_block_is_the_largest_that_fits():

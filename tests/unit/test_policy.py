@@ -2,6 +2,7 @@
 
 Choosing a pair is compared with all six pairs of a group, pruning losses with Python fractions, sub-blocks with a sort
 of exact losses; then what must not matter (scale, other pages, other heads, the order of a sum) is shown not to matter.
+What is stored of the chosen values (mean, rescaling) is in test_corrections.py.
 """
 
 import itertools
@@ -15,9 +16,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policies import CORRECTIONS, naive_side, orders
 
-from hierasparse_vllm import policy
-from hierasparse_vllm.policy import choose, default_tables, from_groups, keep_codes, kept_index, pruning_loss, to_groups
+from hierasparse_vllm.policy import (
+    POLICIES,
+    UNCALIBRATED,
+    Calibrated,
+    Channels,
+    LayerPolicy,
+    SidePolicy,
+    Tokens,
+    choose,
+    from_groups,
+    keep_codes,
+    kept_index,
+    pruning_loss,
+    to_groups,
+)
 
 AXES = ("channel", "token")
 INF, NAN = math.inf, math.nan
@@ -49,9 +64,14 @@ def page(seed, heads=1, d=64, dtype=torch.float32, n=1, device="cpu"):
     return torch.randn(n, heads, 256, d, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def orders(heads, d, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(d, generator=gen) for _ in range(heads)])
+def side(order, weight=None, axis="channel", device="cpu", **corrections):
+    """Policy of one side on a device."""
+    grouping = Tokens() if axis == "token" else Channels(order, weight)
+    return SidePolicy(grouping, **corrections).to(device)
+
+
+def natural(d=64):
+    return side(torch.arange(d)[None])
 
 
 # ---- 2 of 4 --------------------------------------------------------------------------------------------------------
@@ -89,7 +109,7 @@ def choose_groups(groups, weight=None):
     x = torch.zeros(1, 1, 256, 64)
     x[0, 0, 0, : 4 * len(groups)] = torch.tensor(groups).flatten()
     w = None if weight is None else torch.tensor(weight * 16)[None]
-    choice = choose(x, torch.arange(64)[None], w, "channel", 4)
+    choice = choose(x, side(torch.arange(64)[None], w), 4)
     return choice, [tuple(p) for p in kept_index(choice.codes[0, 0, 0, : len(groups)]).tolist()]
 
 
@@ -118,23 +138,31 @@ def test_weight_zero_and_value_infinity_counts_as_largest():
     assert choose_groups([(INF, 2.0, 3.0, 4.0)], weight=[0.0, 1.0, 1.0, 1.0])[1] == [(0, 3)]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("axis", AXES)
-def test_every_group_of_a_page_keeps_its_best_pair(axis, dtype, weighted, device):
+def key_groupings(heads, d):
+    """Every way to group K, by name."""
+    weight = torch.rand(heads, d, generator=torch.Generator().manual_seed(9)) * 4
+    keys = {**UNCALIBRATED, "calibrated": Calibrated(orders(heads, d), weight)}
+    return {name: key.channels(heads, d) for name, key in keys.items()} | {"tokens": Tokens()}
+
+
+@pytest.mark.parametrize("mean, rescale", CORRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*UNCALIBRATED, "calibrated", "tokens"])
+def test_every_group_of_a_page_keeps_its_best_pair(name, dtype, mean, rescale, device):
     heads, d = 2, 64
+    grouping = key_groupings(heads, d)[name]
     x = page(3, heads, d, dtype, device=device)
     x[0, :, :64] = x[0, :, :64].mul(2).round()  # many ties in one sub-block
-    order = orders(heads, d)
-    weight = torch.rand(heads, d, generator=torch.Generator().manual_seed(9)) * 4 if weighted else None
-    choice = choose(x, order.to(device), None if weight is None else weight.to(device), axis, 4)
+    choice = choose(x, SidePolicy(grouping, mean, rescale).to(device), 4)
     x = x.cpu()
-    score = x.float().abs() * (1 if weight is None else weight[:, None])
+    value = x.float() if not mean else x.float() - choice.mean.cpu().float()[:, :, None]
+    weight = getattr(grouping, "weight", None)
+    score = value.abs() * (1 if weight is None else weight[:, None])
     pairs = kept_index(choice.codes.cpu()).tolist()
     for head, sub, group in itertools.product(range(heads), range(4), range(0, 1024, 37)):
-        if axis == "channel":
+        if grouping.axis == "channel":
             token, i = divmod(group, d // 4)
-            at = [(64 * sub + token, c) for c in order[head, 4 * i : 4 * i + 4].tolist()]
+            at = [(64 * sub + token, c) for c in grouping.order[head, 4 * i : 4 * i + 4].tolist()]
         else:
             four, channel = divmod(group, d)
             at = [(64 * sub + 4 * four + j, channel) for j in range(4)]
@@ -145,37 +173,57 @@ def test_every_group_of_a_page_keeps_its_best_pair(axis, dtype, weighted, device
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_groups_can_be_put_back(d, axis):
-    x, order = page(1, 3, d, n=2), orders(3, d)
-    groups = to_groups(x, order, axis)
+    x, grouping = page(1, 3, d, n=2), side(orders(3, d), axis=axis).grouping
+    groups = to_groups(x, grouping)
     assert groups.shape == (2, 3, 4, 64 * d // 4, 4)
-    assert torch.equal(from_groups(groups, order, axis), x)
+    assert torch.equal(from_groups(groups, grouping, d), x)
 
 
-# ---- default orders ------------------------------------------------------------------------------------------------
+# ---- orders of K ---------------------------------------------------------------------------------------------------
+def groups_of(name, d, heads=1):
+    return UNCALIBRATED[name].channels(heads, d).order.view(heads, d // 4, 4).tolist()
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
-def test_default_orders_are_permutations_for_every_head(d):
-    for name in policy.POLICIES:
-        tables = default_tables(name, 5, d)
-        assert tables.k_weight is None
-        for order in (tables.k_order, tables.v_order):
-            assert order.shape == (5, d) and order.dtype == torch.int64
-            assert all(sorted(row) == list(range(d)) for row in order.tolist())
+def test_uncalibrated_orders_are_permutations_for_every_head_and_have_no_weights(d):
+    assert set(UNCALIBRATED) == {"magnitude", "strided", "spread"}
+    assert set(POLICIES) == {"auto", "calibrated", *UNCALIBRATED}
+    for key in UNCALIBRATED.values():
+        channels = key.channels(5, d)
+        assert channels.weight is None and channels.axis == "channel"
+        assert channels.order.shape == (5, d) and channels.order.dtype == torch.int64
+        assert all(sorted(row) == list(range(d)) for row in channels.order.tolist())
 
 
-def test_strided_groups_are_a_quarter_of_the_head_apart():
-    order = default_tables("strided", 2, 128).k_order
-    assert order.view(2, 32, 4).tolist() == [[[i, i + 32, i + 64, i + 96] for i in range(32)]] * 2
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_groups_of_each_policy_are_as_defined(d):
+    q, e, half = d // 4, d // 8, d // 2
+    assert groups_of("magnitude", d, 2) == [[[4 * i + j for j in range(4)] for i in range(q)]] * 2
+    assert groups_of("strided", d, 2) == [[[i, i + q, i + 2 * q, i + 3 * q] for i in range(q)]] * 2
+    halves = [[h + i + j * e for j in range(4)] for h in (0, half) for i in range(e)]
+    assert groups_of("spread", d, 2) == [halves] * 2
 
 
-def test_magnitude_groups_and_all_groups_of_v_are_neighbours():
-    assert default_tables("magnitude", 1, 64).k_order.tolist() == [list(range(64))]
-    for name in policy.POLICIES:
-        assert default_tables(name, 1, 64).v_order.tolist() == [list(range(64))]
+def test_spread_groups_hold_no_rotary_pair_and_no_neighbours():
+    for group in groups_of("spread", 128)[0]:
+        assert len({c % 64 for c in group}) == 4, "four frequencies"
+        assert len({c // 64 for c in group}) == 1, "of one rotary half"
 
 
-def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(ValueError, match="'greedy'.*magnitude, strided"):
-        default_tables("greedy", 1, 64)
+def test_calibrated_takes_the_order_and_weights_it_is_given():
+    order, weight = orders(3, 64), torch.rand(3, 64)
+    got = Calibrated(order, weight).channels(3, 64)
+    assert torch.equal(got.order, order) and torch.equal(got.weight, weight)
+
+
+def test_policies_move_with_their_tables_to_a_device(device):
+    policy = LayerPolicy(
+        SidePolicy(Channels(orders(2, 64), torch.ones(2, 64)), True, True), SidePolicy(Tokens(), rescale=True)
+    )
+    got = policy.to(device)
+    assert got.key.grouping.order.device.type == got.key.grouping.weight.device.type == device.type
+    assert (got.key.mean, got.key.rescale, got.value.mean, got.value.rescale) == (True, True, False, True)
+    assert got.value.grouping.axis == "token"
 
 
 # ---- pruning loss --------------------------------------------------------------------------------------------------
@@ -242,13 +290,13 @@ def page_losing(losses, d=64):
 @pytest.mark.parametrize("sparse", range(5))
 @pytest.mark.parametrize("losses", sorted(set(itertools.permutations((0, 1, 1, 2))) | {(7, 7, 7, 7), (3, 3, 0, 0)}))
 def test_the_sub_blocks_that_lose_least_are_sparse_and_ties_prefer_the_first(losses, sparse):
-    chosen = choose(page_losing(losses), torch.arange(64)[None], None, "channel", sparse).sparse[0, 0].tolist()
+    chosen = choose(page_losing(losses), natural(), sparse).sparse[0, 0].tolist()
     expected = sorted(range(4), key=lambda i: (losses[i], i))[:sparse]
     assert [i for i in range(4) if chosen[i]] == sorted(expected)
 
 
 def test_losses_that_differ_by_less_than_a_unit_tie():
-    sparse = choose(page_losing((1.75, 1.5, 1.25, 1.0)), torch.arange(64)[None], None, "channel", 1).sparse
+    sparse = choose(page_losing((1.75, 1.5, 1.25, 1.0)), natural(), 1).sparse
     assert sparse[0, 0].tolist() == [True, False, False, False]
 
 
@@ -259,21 +307,21 @@ def test_exactly_s_sub_blocks_of_each_page_and_head_are_sparse(sparse, axis, dev
     x[1] = 0
     x[2] = torch.nan
     x[3, :, 128:] = torch.inf
-    assert (choose(x, orders(3, 64).to(device), None, axis, sparse).sparse.sum(-1) == sparse).all()
+    assert (choose(x, side(orders(3, 64), axis=axis, device=device), sparse).sparse.sum(-1) == sparse).all()
 
 
+@pytest.mark.parametrize("mean, rescale", CORRECTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("axis", AXES)
-def test_sub_blocks_of_random_pages_follow_the_rule(axis, weighted, device):
+def test_sub_blocks_of_random_pages_follow_the_rule(axis, weighted, mean, rescale, device):
     heads, d, sparse = 3, 64, 2
-    x, order = page(12, heads, d, torch.float16, n=5), orders(heads, d)
-    x *= torch.rand(5, 1, 4, 1, generator=torch.Generator().manual_seed(2)).repeat_interleave(64, 2) + 0.5
-    weight = torch.rand(heads, d) if weighted else None
-    got = choose(x.to(device), order.to(device), None if weight is None else weight.to(device), axis, sparse).sparse
-    for n, h in itertools.product(range(5), range(heads)):
-        w = None if weight is None else weight[h].numpy()
-        keep = naive.keep_mask(x[n, h].numpy(), order[h].numpy(), w, axis)
-        assert got[n, h].nonzero().flatten().tolist() == naive.sparse_subs(x[n, h].numpy(), keep, w, sparse)
+    x = page(12, heads, d, torch.float16, n=3) + 2 * torch.randn(1, heads, 1, d).half()
+    x *= torch.rand(3, 1, 4, 1, generator=torch.Generator().manual_seed(2)).repeat_interleave(64, 2) + 0.5
+    rule = side(orders(heads, d), torch.rand(heads, d) if weighted else None, axis, mean=mean, rescale=rescale)
+    got = choose(x.to(device), rule.to(device), sparse).sparse.cpu()
+    for n, h in itertools.product(range(3), range(heads)):
+        _, keep, score, _ = naive.stored(x[n, h].float().numpy(), naive_side(rule, h), "float16")
+        assert got[n, h].nonzero().flatten().tolist() == naive.sparse_subs(score, keep, sparse)
 
 
 # ---- what must not matter ------------------------------------------------------------------------------------------
@@ -281,23 +329,33 @@ def same_choice(a, b):
     return torch.equal(a.codes, b.codes) and torch.equal(a.sparse, b.sparse)
 
 
+@pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("power", [-100, -13, 1, 20, 90])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_scaling_by_a_power_of_two_changes_nothing(power, weighted, device):
-    x, order = page(21, 2, 128, n=3, device=device), orders(2, 128).to(device)
-    weight = (torch.rand(2, 128, generator=torch.Generator().manual_seed(4)) + 0.1).to(device) if weighted else None
+def test_scaling_by_a_power_of_two_changes_no_choice(power, weighted, mean, device):
+    x = page(21, 2, 128, n=3, device=device)
+    weight = (torch.rand(2, 128, generator=torch.Generator().manual_seed(4)) + 0.1) if weighted else None
+    rule = side(orders(2, 128), weight, device=device, mean=mean)
     scaled = x * 2.0**power
     assert torch.equal(scaled / 2.0**power, x), "the test's scaling is exact"
-    assert same_choice(choose(x, order, weight, "channel", 2), choose(scaled, order, weight, "channel", 2))
+    assert same_choice(choose(x, rule, 2), choose(scaled, rule, 2))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_rescaling_changes_no_choice(axis, device):
+    x = page(25, 2, 64, n=2, device=device)
+    rules = [side(orders(2, 64), axis=axis, device=device, mean=True, rescale=rescale) for rescale in (False, True)]
+    assert same_choice(*(choose(x, rule, 2) for rule in rules))
 
 
 def test_other_pages_and_other_heads_change_nothing(device):
-    x, order = page(22, 3, 64, n=4, device=device), orders(3, 64).to(device)
-    alone = choose(x[2:3, 1:2], order[1:2], None, "channel", 2)
+    x, order = page(22, 3, 64, n=4, device=device), orders(3, 64)
+    alone = choose(x[2:3, 1:2], side(order[1:2], device=device, mean=True, rescale=True), 2)
     other = x.clone()
     other[:2], other[3:], other[2, 0], other[2, 2] = torch.nan, 1e30, torch.inf, 0
-    among = choose(other, order, None, "channel", 2)
-    assert torch.equal(among.codes[2:3, 1:2], alone.codes) and torch.equal(among.sparse[2:3, 1:2], alone.sparse)
+    among = choose(other, side(order, device=device, mean=True, rescale=True), 2)
+    for name in ("codes", "sparse", "kept", "mean"):
+        assert torch.equal(getattr(among, name)[2:3, 1:2], getattr(alone, name)), name
 
 
 def test_the_order_of_groups_changes_no_sub_block(device):
@@ -306,8 +364,8 @@ def test_the_order_of_groups_changes_no_sub_block(device):
     gen, order = torch.Generator().manual_seed(8), orders(1, 64)
     tokens = torch.cat([64 * sub + torch.randperm(64, generator=gen) for sub in range(4)])
     shuffled = order.view(1, 16, 4)[:, torch.randperm(16, generator=gen)].view(1, 64)
-    a = choose(x, order.to(device), None, "channel", 2)
-    b = choose(x[:, :, tokens.to(device)], shuffled.to(device), None, "channel", 2)
+    a = choose(x, side(order, device=device), 2)
+    b = choose(x[:, :, tokens.to(device)], side(shuffled, device=device), 2)
     assert torch.equal(a.sparse, b.sparse)
 
 
@@ -315,14 +373,18 @@ def test_the_input_is_not_changed(device):
     x = page(24, 1, 64, device=device)
     x[0, 0, 0, :4] = torch.tensor([NAN, INF, -0.0, 1.0])
     before = x.clone().view(torch.int32)
-    choose(x, orders(1, 64).to(device), None, "token", 2)
+    for axis, corrected in itertools.product(AXES, (False, True)):
+        choose(x, side(orders(1, 64), axis=axis, device=device, mean=corrected, rescale=corrected), 2)
     assert torch.equal(x.view(torch.int32), before)
 
 
-def test_naive_rule_and_brute_force_agree():
+@pytest.mark.parametrize("axis", AXES)
+def test_naive_rule_and_brute_force_agree(axis):
     """The tests' own helper, on which other files lean, against all six pairs."""
     x = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32).round(1)
-    keep = naive.keep_mask(x, np.arange(64), None, "channel")
-    for token, i in itertools.product(range(0, 256, 29), range(16)):
-        kept = tuple(np.flatnonzero(keep[token, 4 * i : 4 * i + 4]).tolist())
-        assert kept == best_pair(np.abs(x[token, 4 * i : 4 * i + 4]).tolist())
+    keep = naive.keep_mask(np.abs(x), np.arange(64) if axis == "channel" else None)
+    if axis == "token":
+        x, keep = x.T, keep.T
+    for row, i in itertools.product(range(0, len(x), 29), range(x.shape[1] // 4)):
+        kept = tuple(np.flatnonzero(keep[row, 4 * i : 4 * i + 4]).tolist())
+        assert kept == best_pair(np.abs(x[row, 4 * i : 4 * i + 4]).tolist())

@@ -65,18 +65,19 @@ def config(max_model_len=8192, caching=True, interval=256):
     )
 
 
-def log_engine(cfg, blocks=1000):
+def log_engine(cfg, blocks=1000, split=False, mean=False, **options):
     """Log the engine lines of 32 layers of 8 KV heads."""
-    layout = PageLayout(128, 2, 4, 4)
+    layout = PageLayout(128, 2, 4, 4, key_mean=mean)
     window = torch.empty(blocks, 0, 128)  # blocks of 128 tokens; contents do not matter
-    Report(cfg, Options(value_sparsity=1.0)).engine("reference", window, layout, 8, 32, ReadRule(256))
+    options = Options(value_sparsity=1.0, **options)
+    Report(cfg, options).engine("reference", window, layout, 8, 32, ReadRule(256), split)
 
 
 def test_engine_lines_tell_backend_options_sizes_and_what_fits(lines):
     log_engine(config(max_model_len=4096))
     assert [level for level, _ in lines] == ["info", "info"]
     text = " ".join(line for _, line in lines)
-    for part in ("CUSTOM", "reference", "cpu", "strided", "local window 256", "storage compressed", "56.3 % of dense"):
+    for part in ("CUSTOM", "reference", "cpu", "spread", "local window 256", "storage compressed", "56.3 % of dense"):
         assert part in text, part
     assert f"{8 * 73_856:,} bytes per page" in text and f"{8 * 131_072:,}" in text
     assert "1,000 blocks" in text and "32 layers" in text
@@ -84,6 +85,24 @@ def test_engine_lines_tell_backend_options_sizes_and_what_fits(lines):
     dense = [1000 * 73_856 * 8 // (n * 8 * 512) for n in (4096, 8192, 32768)]
     for n, ours, stock in zip(("4,096", "8,192", "32,768"), (999 // 21, 999 // 37, 999 // 133), dense, strict=True):
         assert f"{n} tokens {ours} / {stock}" in text
+
+
+@pytest.mark.parametrize(
+    "options, told, untold",
+    [
+        ({}, ("policy spread, K",), ("page mean", "layer by layer")),
+        ({"mean": True}, ("policy spread, page mean, K",), ()),
+        ({"policy": "strided", "rescale": False}, ("policy strided, K",), ("rescaled",)),
+        ({"tables": "/some/file"}, ("policy calibrated, K", "along channel, rescaled"), ("layer by layer",)),
+        ({"tables": "/some/file", "split": True}, ("split layer by layer",), ()),
+    ],
+    ids=str,
+)
+def test_the_first_line_tells_what_is_done_to_values(lines, options, told, untold):
+    log_engine(config(), **options)
+    text = lines[0][1]
+    assert all(part in text for part in told), text
+    assert not any(part in text for part in untold), text
 
 
 def test_a_model_length_that_is_in_the_report_anyway_is_told_once(lines):

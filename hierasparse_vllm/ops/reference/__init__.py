@@ -8,7 +8,7 @@ from hierasparse_vllm.ops.batch import Batch, Request
 from hierasparse_vllm.ops.reference import codec
 from hierasparse_vllm.ops.reference.attention import attend_part, merge
 from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
-from hierasparse_vllm.policy import LayerTables
+from hierasparse_vllm.policy import LayerPolicy
 
 SLAB_PAGES = 32
 """Pages unpacked at a time: bounds the workspace, whatever the context's length."""
@@ -26,12 +26,12 @@ class ReferenceOps:
         window[block, :, offset, d:] = value[rows].to(window.dtype)
 
     def compress(
-        self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, tables: LayerTables
+        self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, policy: LayerPolicy
     ) -> int:
         ids, blocks = batch.filled
         for i in range(0, len(ids), SLAB_PAGES):
             k, v = _gather(window, blocks[i : i + SLAB_PAGES]).split(layout.head_size, dim=-1)
-            pages[ids[i : i + SLAB_PAGES]] = codec.pack(k, v, layout, tables)
+            pages[ids[i : i + SLAB_PAGES]] = codec.pack(k, v, layout, policy)
         return len(ids)
 
     def attend(
@@ -41,13 +41,13 @@ class ReferenceOps:
         window: torch.Tensor,
         pages: torch.Tensor,
         layout: PageLayout,
-        tables: LayerTables,
+        policy: LayerPolicy,
         scale: float,
         out: torch.Tensor,
     ) -> None:
         for request in batch.requests:
             rows = slice(request.first_row, request.first_row + request.queries)
-            out[rows] = self._attend_request(query[rows], request, batch, window, pages, layout, tables, scale).to(
+            out[rows] = self._attend_request(query[rows], request, batch, window, pages, layout, policy, scale).to(
                 out.dtype
             )
 
@@ -59,7 +59,7 @@ class ReferenceOps:
         window: torch.Tensor,
         pages: torch.Tensor,
         layout: PageLayout,
-        tables: LayerTables,
+        policy: LayerPolicy,
         scale: float,
     ) -> torch.Tensor:
         n, heads, d = query.shape
@@ -81,7 +81,7 @@ class ReferenceOps:
         for first in range(0, tiles[-1].compressed, SLAB_PAGES * PAGE_TOKENS):
             last = min(first + SLAB_PAGES * PAGE_TOKENS, tiles[-1].compressed)
             ids = batch.page_table[request.index, first // PAGE_TOKENS : last // PAGE_TOKENS]
-            k, v = self._unpack(pages, ids, layout, tables, window.dtype)
+            k, v = self._unpack(pages, ids, layout, policy, window.dtype)
             for tile in tiles:
                 if tile.compressed > first:
                     seen = min(tile.compressed, last) - first
@@ -101,15 +101,15 @@ class ReferenceOps:
             add(tile, k[:, keys], v[:, keys], hidden)
         return acc.view(h, n, g, d).transpose(0, 1).reshape(n, heads, d)
 
-    def _unpack(self, pages, ids, layout: PageLayout, tables: LayerTables, dtype: torch.dtype):
+    def _unpack(self, pages, ids, layout: PageLayout, policy: LayerPolicy, dtype: torch.dtype):
         """K and V [H, n * 256, D] of the pages ``ids``."""
         if pages.device.type == "cpu" and not layout.dense_page:
             # Numba takes a second to import, and vLLM 0.32 must have made its CPU runner before: that scans all modules
             # for kernels and breaks on llvmlite's proxies.
             from hierasparse_vllm.ops.reference import expand
 
-            return expand.unpack(pages, ids, layout, tables, dtype)
-        k, v = codec.unpack(pages[ids.long()], layout, tables, dtype)
+            return expand.unpack(pages, ids, layout, policy, dtype)
+        k, v = codec.unpack(pages[ids.long()], layout, policy, dtype)
         return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
 
 

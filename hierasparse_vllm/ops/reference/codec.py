@@ -10,7 +10,17 @@ import numpy as np
 import torch
 
 from hierasparse_vllm.page import SUBS, PageLayout
-from hierasparse_vllm.policy import BITS, Choice, LayerTables, as_bits, choose, from_groups, kept_index
+from hierasparse_vllm.policy import (
+    BITS,
+    Choice,
+    LayerPolicy,
+    SidePolicy,
+    add_mean,
+    as_bits,
+    choose,
+    from_groups,
+    kept_index,
+)
 
 _INDEX: dict[tuple, torch.Tensor] = {}
 
@@ -23,31 +33,36 @@ def _index(order: np.ndarray, device: torch.device) -> torch.Tensor:
     return _INDEX[key]
 
 
-def choose_both(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTables) -> tuple[Choice, Choice]:
+def choose_both(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy) -> tuple[Choice, Choice]:
     """Choice for K and for V [n, H, 256, D] of whole pages."""
+    return choose(k, policy.key, layout.sparse_k), choose(v, policy.value, layout.sparse_v)
+
+
+def prune(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy):
+    """K and V [n, H, 256, D] as a reader of the packed page sees them."""
+    sinks = layout.sink_tokens
     return (
-        choose(k, tables.k_order, tables.k_weight, "channel", layout.sparse_k),
-        choose(v, tables.v_order, None, layout.value_axis, layout.sparse_v),
+        prune_side(k, policy.key, layout.sparse_k, sinks),
+        prune_side(v, policy.value, layout.sparse_v, sinks),
     )
 
 
-def prune(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTables):
-    """K and V [n, H, 256, D] as a reader of the packed page sees them: dropped values are zero."""
-    s = layout.sink_tokens
-    out = []
-    for x, choice, order, axis in zip(
-        (k, v), choose_both(k, v, layout, tables), (tables.k_order, tables.v_order), ("channel", layout.value_axis)
-    ):
-        keep = torch.zeros(choice.groups.shape, dtype=torch.bool, device=x.device)
-        keep.scatter_(-1, kept_index(choice.codes), True)
-        keep |= ~choice.sparse[..., None, None]
-        y = from_groups((as_bits(choice.groups) * keep).view(x.dtype), order, axis)
-        as_bits(y)[:, :, :s] = as_bits(x)[:, :, :s]
-        out.append(y)
-    return tuple(out)
+def prune_side(x: torch.Tensor, policy: SidePolicy, sparse: int, sink_tokens: int = 0) -> torch.Tensor:
+    """One side of `prune`: of whole pages ``x`` [n, H, 256, D] with ``sparse`` sparse sub-blocks.
+
+    Dropped values are zero, or the page's mean.
+    """
+    choice = choose(x, policy, sparse)
+    stored = torch.zeros_like(as_bits(choice.groups)).scatter_(-1, kept_index(choice.codes), as_bits(choice.kept))
+    groups = torch.where(choice.sparse[..., None, None], stored, as_bits(choice.groups)).view(x.dtype)
+    y = from_groups(groups, policy.grouping, x.shape[-1])
+    if choice.mean is not None:
+        y = add_mean(y, choice.mean, choice.sparse)
+    as_bits(y)[:, :, :sink_tokens] = as_bits(x)[:, :, :sink_tokens]
+    return y
 
 
-def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTables) -> torch.Tensor:
+def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy) -> torch.Tensor:
     """Choose and pack whole pages.
 
     Parameters
@@ -55,7 +70,7 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTabl
     k, v : Tensor [n, H, 256, D]
         Keys after rotary embedding, and values; the itemsize of their dtype is the layout's.
     layout : PageLayout
-    tables : LayerTables
+    policy : LayerPolicy
 
     Returns
     -------
@@ -63,13 +78,13 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTabl
     """
     n, h = k.shape[:2]
     if layout.dense_page:
-        return torch.stack(prune(k, v, layout, tables), dim=2).view(torch.uint8).reshape(n, h, layout.head_bytes)
+        return torch.stack(prune(k, v, layout, policy), dim=2).view(torch.uint8).reshape(n, h, layout.head_bytes)
     page = torch.zeros(n, h, layout.head_bytes, dtype=torch.uint8, device=k.device)
     masks = []
     for side, x, choice, start, sparse in zip(
         "kv",
         (k, v),
-        choose_both(k, v, layout, tables),
+        choose_both(k, v, layout, policy),
         (layout.k_offset, layout.v_offset),
         (layout.sparse_k, layout.sparse_v),
     ):
@@ -79,18 +94,30 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, tables: LayerTabl
         if sparse < SUBS:
             page[:, :, middle:end] = _pack_dense(choice, layout, side).view(n, h, -1)
         masks.append((choice.sparse << torch.arange(SUBS, device=k.device)).sum(-1))
+        if choice.mean is not None:
+            rows(page, layout.mean_offset, 1, layout)[:] = as_bits(choice.mean[:, :, None])
         if layout.sink_tokens:
-            rows = x[:, :, : layout.sink_tokens].reshape(n, h, -1).view(torch.uint8)
-            at = layout.sink_offset + (side == "v") * layout.sink_bytes
-            page[:, :, at : at + rows.shape[-1]] = rows
+            sinks(page, layout, side)[:] = as_bits(x[:, :, : layout.sink_tokens])
     page[:, :, :4] = layout.encode_index(*masks).int()[..., None].view(torch.uint8)
     return page
 
 
+def rows(pages: torch.Tensor, at: int, rows: int, layout: PageLayout) -> torch.Tensor:
+    """View of ``rows`` plain rows at offset ``at`` of each page, as integers [n, H, rows, D]."""
+    size = layout.head_size * layout.value_bytes
+    view = pages[:, :, at : at + rows * size].view(BITS[layout.value_bytes])
+    return view.unflatten(-1, (rows, layout.head_size))
+
+
+def sinks(pages: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
+    """View of the sink rows of ``side`` ("k" or "v"), as integers [n, H, sink_tokens, D]."""
+    return rows(pages, layout.sink_offset + (side == "v") * layout.sink_bytes, layout.sink_tokens, layout)
+
+
 def _pack_sparse(choice: Choice, layout: PageLayout, side: str) -> torch.Tensor:
     """Bytes of all sparse sub-blocks, uint8 [n * H * sparse, sparse_bytes]."""
-    groups, codes = as_bits(choice.groups)[choice.sparse], choice.codes[choice.sparse]
-    kept = groups.gather(-1, kept_index(codes)).flatten(1)
+    codes = choice.codes[choice.sparse]
+    kept = as_bits(choice.kept)[choice.sparse].flatten(1)
     kept = kept[:, _index(layout.kept_order(side), kept.device)]
     nibbles = codes[:, _index(layout.nibble_order(side), codes.device)]
     meta = nibbles[:, 0::2] | nibbles[:, 1::2] << 4  # little endian: the first nibble is the low one
@@ -111,7 +138,7 @@ def _token_major(groups: torch.Tensor, layout: PageLayout, side: str) -> torch.T
 
 
 def unpack(
-    pages: torch.Tensor, layout: PageLayout, tables: LayerTables, dtype: torch.dtype
+    pages: torch.Tensor, layout: PageLayout, policy: LayerPolicy, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense K and V of packed pages.
 
@@ -119,45 +146,47 @@ def unpack(
     ----------
     pages : Tensor, uint8 [n, H, head_bytes]
     layout : PageLayout
-    tables : LayerTables
-        Those the pages were packed with.
+    policy : LayerPolicy
+        The one the pages were packed with.
     dtype : torch.dtype
         Dtype of the stored values.
 
     Returns
     -------
     k, v : Tensor [n, H, 256, D]
-        In the model's channel order; dropped values are zero.
+        In the model's channel order; dropped values are zero, or the page's mean.
     """
     n, h = pages.shape[:2]
     if layout.dense_page:
         both = pages.contiguous().view(dtype).view(n, h, 2, -1, layout.head_size)
         return both[:, :, 0], both[:, :, 1]
-    bits = BITS[layout.value_bytes]
-    masks = layout.decode_index(pages[:, :, :4].contiguous().view(torch.int32).squeeze(-1))
     out = []
-    for side, mask, start, sparse, order, axis in (
-        ("k", masks[0], layout.k_offset, layout.sparse_k, tables.k_order, "channel"),
-        ("v", masks[1], layout.v_offset, layout.sparse_v, tables.v_order, layout.value_axis),
+    for side, sparse, start, grouping in (
+        ("k", layout.sparse_k, layout.k_offset, policy.key.grouping),
+        ("v", layout.sparse_v, layout.v_offset, policy.value.grouping),
     ):
-        chosen = (mask[..., None] >> torch.arange(SUBS, device=pages.device) & 1).bool()
-        groups = torch.zeros(n, h, SUBS, layout.groups, 4, dtype=bits, device=pages.device)
+        chosen = sparse_subs(pages, layout, side)
+        groups = torch.zeros(n, h, SUBS, layout.groups, 4, dtype=BITS[layout.value_bytes], device=pages.device)
         middle, end = start + sparse * layout.sparse_bytes, start + layout.side_bytes(sparse)
         if sparse:
-            rows = pages[:, :, start:middle].reshape(n * h * sparse, layout.sparse_bytes)
-            groups[chosen] = _unpack_sparse(rows, layout, side)
+            stored = pages[:, :, start:middle].reshape(n * h * sparse, layout.sparse_bytes)
+            groups[chosen] = _unpack_sparse(stored, layout, side)
         if sparse < SUBS:
-            rows = pages[:, :, middle:end].reshape(n * h * (SUBS - sparse), layout.dense_bytes)
-            groups[~chosen] = _unpack_dense(rows, layout, side)
-        x = from_groups(groups, order, axis)
+            stored = pages[:, :, middle:end].reshape(n * h * (SUBS - sparse), layout.dense_bytes)
+            groups[~chosen] = _unpack_dense(stored, layout, side)
+        x = from_groups(groups, grouping, layout.head_size).view(dtype)
+        if side == "k" and layout.key_mean and sparse:
+            x = add_mean(x, rows(pages, layout.mean_offset, 1, layout).squeeze(2).contiguous().view(dtype), chosen)
         if layout.sink_tokens:
-            at = layout.sink_offset + (side == "v") * layout.sink_bytes
-            size = layout.sink_tokens * layout.head_size * layout.value_bytes
-            x[:, :, : layout.sink_tokens] = (
-                pages[:, :, at : at + size].contiguous().view(bits).view(n, h, -1, layout.head_size)
-            )
-        out.append(x.view(dtype))
+            as_bits(x)[:, :, : layout.sink_tokens] = sinks(pages, layout, side)
+        out.append(x)
     return out[0], out[1]
+
+
+def sparse_subs(pages: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
+    """Which sub-blocks of ``side`` are sparse in packed pages [n, H, head_bytes]: bool [n, H, SUBS]."""
+    mask = layout.decode_index(pages[:, :, :4].contiguous().view(torch.int32).squeeze(-1))[side == "v"]
+    return (mask[..., None] >> torch.arange(SUBS, device=pages.device) & 1).bool()
 
 
 def _unpack_sparse(rows: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:

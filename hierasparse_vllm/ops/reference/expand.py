@@ -8,16 +8,21 @@ import numba
 import numpy as np
 import torch
 
+from hierasparse_vllm.ops.reference import codec
 from hierasparse_vllm.page import META_BYTES, PAGE_TOKENS, SUB_TOKENS, SUBS, PageLayout
-from hierasparse_vllm.policy import BITS, LayerTables
+from hierasparse_vllm.policy import BITS, Channels, LayerPolicy, Tokens
 
 _buffers: dict[str, torch.Tensor] = {}
-# As many threads as PyTorch has, which the user or vLLM may have limited.
-numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+# As many threads as PyTorch has, which the user or vLLM may have limited; both use OpenMP, whose number of threads
+# Numba's start changes for PyTorch too.
+_threads = torch.get_num_threads()
+numba.set_num_threads(min(_threads, numba.config.NUMBA_NUM_THREADS))
+if torch.get_num_threads() != _threads:
+    torch.set_num_threads(_threads)
 
 
 def unpack(
-    pages: torch.Tensor, ids: torch.Tensor, layout: PageLayout, tables: LayerTables, dtype: torch.dtype
+    pages: torch.Tensor, ids: torch.Tensor, layout: PageLayout, policy: LayerPolicy, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense K and V of the pages ``ids``.
 
@@ -25,7 +30,7 @@ def unpack(
     ----------
     pages : Tensor, uint8 [blocks, H, head_bytes], on the CPU
     ids : Tensor, int32 [n]
-    layout, tables, dtype
+    layout, policy, dtype
         As for `codec.unpack`.
 
     Returns
@@ -34,20 +39,26 @@ def unpack(
         Views of buffers that the next call overwrites (an engine attends one layer at a time): fresh memory would cost
         as much time, in page faults, as the unpacking.
     """
-    k = _unpack_side("k", tables.k_order, pages, ids, layout)
-    v = _unpack_side("v", tables.v_order, pages, ids, layout)
-    return k.view(dtype), v.view(dtype)
+    k = _unpack_side("k", policy.key.grouping, pages, ids, layout, dtype)
+    v = _unpack_side("v", policy.value.grouping, pages, ids, layout, dtype)
+    return k, v
 
 
 def _unpack_side(
-    side: str, order: torch.Tensor, pages: torch.Tensor, ids: torch.Tensor, layout: PageLayout
+    side: str,
+    grouping: Channels | Tokens,
+    pages: torch.Tensor,
+    ids: torch.Tensor,
+    layout: PageLayout,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """K or V [H, n * 256, D] as integers of the values' size."""
+    """K or V [H, n * 256, D]."""
     h, d, vb = pages.shape[1], layout.head_size, layout.value_bytes
     start, sparse, shift = (
         (layout.k_offset, layout.sparse_k, 0) if side == "k" else (layout.v_offset, layout.sparse_v, SUBS)
     )
-    sink = layout.sink_offset + (side == "v") * layout.sink_bytes
+    tokens = grouping.axis == "token"
+    order = torch.arange(d).expand(h, d) if tokens else grouping.order
     x = _buffer(side, h * len(ids) * PAGE_TOKENS * d, BITS[vb]).view(h, -1, d)
     _expand(
         pages.view(BITS[vb]).numpy(),
@@ -55,14 +66,30 @@ def _unpack_side(
         ids.numpy(),
         order.numpy().astype(np.uint32),
         *_places(layout, side),
-        side == "v" and layout.value_axis == "token",
+        tokens,
         (sparse, shift, start // vb, layout.sparse_bytes // vb, layout.dense_bytes // vb),
         (start + layout.sparse_value_bytes) // META_BYTES,
         layout.sparse_bytes // META_BYTES,
-        (layout.sink_tokens, sink // vb),
         x.numpy(),
     )
-    return x
+    mean = side == "k" and layout.key_mean and sparse > 0
+    if mean or layout.sink_tokens:
+        _add_rows(x.view(dtype), pages[ids.long(), :, : layout.k_offset], side, mean, layout)
+    return x.view(dtype)
+
+
+def _add_rows(x: torch.Tensor, heads: torch.Tensor, side: str, mean: bool, layout: PageLayout) -> None:
+    """Add the mean and put the sink rows in, from the beginnings ``heads`` [n, H, bytes] of the pages."""
+    subs = x.view(len(x), len(heads), SUBS, SUB_TOKENS, layout.head_size).transpose(0, 1)
+    if mean:
+        add = codec.rows(heads, layout.mean_offset, 1, layout).view(x.dtype)[:, :, None]
+        if layout.sparse_k == SUBS:
+            subs += add
+        else:
+            chosen = codec.sparse_subs(heads, layout, "k")
+            subs[chosen] += add.expand(-1, -1, SUBS, -1, -1)[chosen]
+    if layout.sink_tokens:
+        subs.view(BITS[layout.value_bytes])[:, :, 0, : layout.sink_tokens] = codec.sinks(heads, layout, side)
 
 
 def _buffer(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -98,9 +125,8 @@ def _places(layout: PageLayout, side: str) -> tuple[np.ndarray, np.uint32, np.nd
 # Indices are unsigned, since Numba tests signed ones for being negative, and inner loops make no views, since a view
 # costs two atomic counts: together a factor of four.
 @numba.njit(nogil=True, cache=True, parallel=True)
-def _expand(values, words, ids, order, group_at, step, dense_at, tokens, shape, meta, meta_step, sink, out):
+def _expand(values, words, ids, order, group_at, step, dense_at, tokens, shape, meta, meta_step, out):
     sparse, shift, start, sparse_step, dense_step = shape
-    sink_tokens, sink_start = sink
     heads, _, d = out.shape
     for i in numba.prange(len(ids)):
         for h in range(heads):
@@ -125,9 +151,6 @@ def _expand(values, words, ids, order, group_at, step, dense_at, tokens, shape, 
                     for t in range(SUB_TOKENS):
                         for c in range(d):
                             rows[t, np.uint32(c) if tokens else order[h, c]] = dense[dense_at[t * d + c]]
-            for t in range(sink_tokens):
-                for c in range(d):
-                    out[h, i * PAGE_TOKENS + t, c] = page[sink_start + t * d + c]
 
 
 @numba.njit(nogil=True, cache=True)
