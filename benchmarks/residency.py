@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import results
+from hierasparse_vllm import results
 
 # A Llama as small as the layout allows: one layer, one KV head of 64 channels.
 TINY = {

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import sys
 
+from hierasparse_vllm.quality import command, tables_command
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
@@ -15,8 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say whether the backend can run here").set_defaults(run=doctor)
     commands.add_parser("schema", help="print the JSON schema of the options").set_defaults(run=schema)
+    tables_command.add_parsers(commands)
+    command.add_parser(commands)
     args = parser.parse_args(argv)
-    return args.run(args)
+    args.argv = sys.argv[1:] if argv is None else argv
+    try:
+        return args.run(args)
+    except ValueError as error:  # a wrong argument, in one sentence
+        print(f"hierasparse {args.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def schema(args: argparse.Namespace) -> int:

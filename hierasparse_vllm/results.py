@@ -1,7 +1,8 @@
 """One schema for every result file: a list of rows, replaced by id.
 
 ``{"id", "suite", "case": {...}, "ours", "rival", "rival_name", "unit", "ratio", "gate": "green" | "red", "commit",
-"versions": {...}, "date"}``; ``ratio`` > 1 means that we are better.  docs/benchmarks.md lists the ids.
+"versions": {...}, "date"}``; ``ratio`` > 1 means that we are better, null that it is not defined (a division by zero).
+docs/benchmarks.md lists the ids.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def row(
     gate : bool
         Whether the case's correctness check passed; a speed of a red case must not be quoted.
     """
-    ratio = rival / ours if less_is_better else ours / rival
+    better, worse = (rival, ours) if less_is_better else (ours, rival)
     return {
         "id": id, "suite": suite, "case": case, "ours": ours, "rival": rival, "rival_name": rival_name, "unit": unit,
-        "ratio": round(ratio, 4), "gate": "green" if gate else "red", "commit": commit(), "versions": versions(),
-        "date": datetime.date.today().isoformat(),
+        "ratio": round(better / worse, 4) if worse else None, "gate": "green" if gate else "red", "commit": commit(),
+        "versions": versions(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -59,16 +60,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def commit() -> str:
-    """Commit of the checkout, with "+" if it has changes; on a copy without git, what GIT_COMMIT says."""
-    root = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    """Commit of the checkout that the package lies in, with "+" if it has changes; else GIT_COMMIT, else "unknown"."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        # An environment inside some other project's checkout has that project's commit, which says nothing.
+        if Path(git("rev-parse", "--show-toplevel")) == root:
+            return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def versions() -> dict[str, str]:

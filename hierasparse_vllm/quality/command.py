@@ -1,0 +1,263 @@
+"""``hierasparse evaluate``: arguments, the run, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+LOSS = "loss"
+DEFAULT_TASKS = "loss,passkey"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to an argparse subparsers object; imports nothing heavy."""
+    parser = commands.add_parser("evaluate", help="measure what compression costs a model, beside dense and rivals")
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="as for vllm serve")
+    add("--tables", type=Path, metavar="FILE", help="calibration file for all arms of ours that take one")
+    add("--arms", metavar="A,B", help="arms to compare; default: all. Dense always runs first")
+    add("--tasks", default=DEFAULT_TASKS, metavar="A,B", help=f"measures to take; default: {DEFAULT_TASKS}")
+    add("--text", nargs="+", metavar="FILE", help="text files for the loss; default: the four shipped excerpts")
+    add("--length", type=int, default=8192, metavar="N", help="tokens of each text (8192)")
+    add("--first", type=int, default=2048, metavar="N", help="first token whose prediction counts (2048)")
+    add("--trials", type=int, default=24, metavar="N", help="samples of each task (24)")
+    add("--passkey-length", type=int, default=6000, metavar="N", help="tokens of each task's prompt (6000)")
+    add("--seed", type=int, default=0, metavar="N", help="of the tasks' samples (0)")
+    add("--dtype", default="auto", help="as for vllm serve (auto)")
+    add("--options", metavar="JSON", help='section hierasparse of one more arm, "custom"')
+    add("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens of a prefill chunk (2048)")
+    add("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="as for vllm serve (0.9)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for report, pictures and the arms' logs")
+    add("--resume", action="store_true", help="keep finished arms of --out that would give the same again")
+    add("--rows", type=Path, metavar="FILE", help="result file to which rows are written, by id")
+
+    parser = commands.add_parser("rows", help="write the rows of a report that `hierasparse evaluate` made elsewhere")
+    parser.set_defaults(run=run_rows)
+    parser.add_argument("report", type=Path, metavar="REPORT.json")
+    parser.add_argument("rows", type=Path, metavar="FILE", help="result file to which rows are written, by id")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Returns
+    -------
+    int
+        Exit status: 1 if an arm failed or one of its checks did.
+
+    Raises
+    ------
+    ValueError
+        For a wrong argument, and if the dense arm fails; the command line makes it a sentence and the status 2.
+    """
+    needed()
+    from hierasparse_vllm.quality import arms as arms_module
+    from hierasparse_vllm.quality import report as report_module
+    from hierasparse_vllm.quality import tasks as tasks_module
+    from hierasparse_vllm.quality import texts as texts_module
+    from hierasparse_vllm.quality.run import Plan
+
+    names = split(args.tasks)
+    for name in names:
+        if name not in (LOSS, *tasks_module.NAMES_OF_TASKS):
+            raise ValueError(f"unknown task {name!r}; allowed are {', '.join((LOSS, *tasks_module.NAMES_OF_TASKS))}")
+    if not names:
+        raise ValueError(f"--tasks is empty; allowed are {', '.join((LOSS, *tasks_module.NAMES_OF_TASKS))}")
+    if not 1 <= args.first < args.length:
+        raise ValueError(f"--first is {args.first}; it must lie between 1 and --length ({args.length})")
+    for option in ("trials", "passkey_length", "max_num_batched_tokens"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
+    selected = arms_module.select(
+        None if args.arms is None else split(args.arms), tables=args.tables, options=options(args.options)
+    )
+    fresh(args.out, args.resume)
+    texts = [] if LOSS not in names else texts_module.load(args.text) if args.text else texts_module.evaluation()
+    tokenizer, head_size, limit = describe(args.model)
+    ids = [(name, texts_module.windows(tokenizer, text, args.length, f"the text {name!r}")) for name, text in texts]
+    tasks = [name for name in names if name != LOSS]
+    samples = [
+        sample
+        for task in tasks
+        for sample in tasks_module.samples(task, tokenizer, args.passkey_length, args.trials, args.seed)
+    ]
+    plan = Plan(args.model, args.dtype, args.first, ids, samples, args.max_num_batched_tokens,
+                args.gpu_memory_utilization, args.out / "work")  # fmt: skip
+    if limit is not None and plan.max_model_len > limit:
+        raise ValueError(
+            f"the longest request has {plan.max_model_len} tokens and the model knows {limit} positions; "
+            "choose a smaller --length or --passkey-length"
+        )
+    for arm in selected:
+        arms_module.share(arm, head_size)  # refuses head sizes that pages do not have
+    meta = {
+        "command": shlex.join(["hierasparse", *args.argv]),
+        "model": args.model,
+        "model_name": Path(args.model).name if Path(args.model).exists() else args.model,
+        "dtype": args.dtype, "seed": args.seed, "length": args.length, "first": args.first, "tasks": tasks,
+        "trials": args.trials, "passkey_length": args.passkey_length,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "texts": [{"name": name, "sha256": texts_module.sha256(text), "tokens": args.length} for name, text in texts],
+        "tables": args.tables and f"{args.tables.name} ({texts_module.sha256_file(args.tables)[:12]})",
+    }  # fmt: skip
+    print(f"model {args.model}, seed of the samples {args.seed}, seed of the engines 0", flush=True)
+    outcomes = execute(plan, selected, meta, args.resume)
+    report = report_module.build(meta, selected, outcomes, samples, head_size)
+    write(report, args.out)
+    print("", *report_module.table(report), "", f"{args.out / 'report.md'}, report.json", sep="\n")
+    if args.rows is not None:
+        write_rows(report, args.rows)
+    bad = [arm["name"] for arm in report["arms"] if not arm["gate"] and not (arm["optional"] and arm["error"])]
+    if bad:
+        print(f"not good: {', '.join(bad)}; see {args.out / 'report.md'}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def run_rows(args: argparse.Namespace) -> int:
+    """Run ``hierasparse rows``; returns the exit status."""
+    try:
+        report = json.loads(args.report.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"the report {str(args.report)!r} cannot be read: {error}") from error
+    write_rows(report, args.rows)
+    return 0
+
+
+def write_rows(report: dict[str, Any], path: Path) -> None:
+    """Put a report's rows into a result file."""
+    from hierasparse_vllm import results
+    from hierasparse_vllm.quality.report import rows
+
+    found = rows(report)
+    results.write(path, found)
+    print(f"{len(found)} rows written to {path}")
+
+
+def execute(plan, arms, meta: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Run the arms with a line of progress each; the dtype that the dense arm found goes to all others.
+
+    Returns
+    -------
+    dict
+        Result or `ArmError` by arm name.
+
+    Raises
+    ------
+    ValueError
+        If the dense arm fails, since nothing can be compared then.
+    """
+    from hierasparse_vllm.quality.run import ArmError
+    from hierasparse_vllm.quality.run import execute as execute_arm
+
+    outcomes: dict[str, Any] = {}
+    for i, arm in enumerate(arms):
+        print(f"[{i + 1}/{len(arms)}] {arm.name} ...", end=" ", flush=True)
+        try:
+            outcome, kept = execute_arm(plan, arm, meta["dtype"], resume)
+        except ArmError as error:
+            print(f"failed\n{error.tail}\n{error}", flush=True)
+            if i == 0:
+                raise ValueError(f"{error}; nothing can be compared without it") from error
+            outcomes[arm.name] = error
+            continue
+        if i == 0:
+            meta["dtype"] = outcome["info"]["dtype"]
+        outcomes[arm.name] = outcome
+        losses = [text["loss"] for text in outcome["texts"].values()]
+        said = [f"loss {sum(losses) / len(losses):.4f}"] if losses else []
+        said += ["kept from the earlier run" if kept else f"{sum(outcome['seconds'].values()):.0f} s"]
+        print(", ".join(said + outcome["problems"]), flush=True)
+    return outcomes
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Write report.json, report.md and the pictures into ``out``."""
+    from hierasparse_vllm.quality import figures
+    from hierasparse_vllm.quality.report import markdown
+
+    pictures = []
+    for name, draw in (("pareto.png", figures.pareto), ("needles.png", figures.needles)):
+        (out / name).unlink(missing_ok=True)
+        if draw(report, out / name):
+            pictures.append(name)
+    (out / "report.md").write_text(markdown(report, pictures), encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+def needed() -> None:
+    """Say in one sentence which packages are missing.
+
+    Raises
+    ------
+    ValueError
+        If one is.
+    """
+    missing = [name for name in ("vllm", "transformers", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing: pip install 'hierasparse-vllm[evaluate]', and vLLM")
+
+
+def split(names: str) -> list[str]:
+    """Names between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def options(text: str | None) -> dict[str, Any] | None:
+    """Options of the arm "custom" from JSON.
+
+    Raises
+    ------
+    ValueError
+        If ``text`` is not a JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--options is not JSON ({error}); write it as \'{{"preset": "max"}}\'') from error
+    if not isinstance(found, dict):
+        raise ValueError(f'--options is {text!r}; it must be an object such as \'{{"preset": "max"}}\'')
+    return found
+
+
+def fresh(out: Path, resume: bool) -> None:
+    """Make ``out``, and refuse one that holds something unless the run resumes it.
+
+    Raises
+    ------
+    ValueError
+        If it is a file or holds something.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a file; give a folder")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {str(out)!r} is not empty; give another folder, or --resume to keep finished arms")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def describe(model: str) -> tuple[Any, int, int | None]:
+    """Tokenizer, head size, and number of positions (None if the model does not say) of a model.
+
+    Raises
+    ------
+    ValueError
+        If the model or its tokenizer cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the model {model!r} cannot be read: {first}") from error
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return tokenizer, head_size, getattr(config, "max_position_embeddings", None)
