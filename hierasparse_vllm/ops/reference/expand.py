@@ -59,10 +59,13 @@ def _unpack_side(
     )
     tokens = grouping.axis == "token"
     order = torch.arange(d).expand(h, d) if tokens else grouping.order
+    sink = layout.sink_offset + (side == "v") * layout.sink_bytes
+    mean = side == "k" and layout.key_mean and sparse > 0
     x = _buffer(side, h * len(ids) * PAGE_TOKENS * d, BITS[vb]).view(h, -1, d)
     _expand(
         pages.view(BITS[vb]).numpy(),
         pages.view(torch.uint32).numpy(),
+        pages.view(torch.float32).numpy(),
         ids.numpy(),
         order.numpy().astype(np.uint32),
         *_places(layout, side),
@@ -70,26 +73,31 @@ def _unpack_side(
         (sparse, shift, start // vb, layout.sparse_bytes // vb, layout.dense_bytes // vb),
         (start + layout.sparse_value_bytes) // META_BYTES,
         layout.sparse_bytes // META_BYTES,
+        layout.mean_offset // 4 if mean and dtype == torch.float32 else -1,
+        (layout.sink_tokens, sink // vb),
         x.numpy(),
+        x.view(torch.float32).numpy(),
     )
-    mean = side == "k" and layout.key_mean and sparse > 0
-    if mean or layout.sink_tokens:
-        _add_rows(x.view(dtype), pages[ids.long(), :, : layout.k_offset], side, mean, layout)
-    return x.view(dtype)
+    x = x.view(dtype)
+    if mean and dtype != torch.float32:
+        _add_mean(x, pages[ids.long(), :, : layout.k_offset], layout)
+    return x
 
 
-def _add_rows(x: torch.Tensor, heads: torch.Tensor, side: str, mean: bool, layout: PageLayout) -> None:
-    """Add the mean and put the sink rows in, from the beginnings ``heads`` [n, H, bytes] of the pages."""
+def _add_mean(x: torch.Tensor, heads: torch.Tensor, layout: PageLayout) -> None:
+    """Add the mean to 16-bit keys ``x`` [H, n * 256, D], from the beginnings ``heads`` [n, H, bytes] of their pages.
+
+    Numba has no arithmetic in these dtypes; in float32 `_expand` has added it already, while the rows are in the cache.
+    """
     subs = x.view(len(x), len(heads), SUBS, SUB_TOKENS, layout.head_size).transpose(0, 1)
-    if mean:
-        add = codec.rows(heads, layout.mean_offset, 1, layout).view(x.dtype)[:, :, None]
-        if layout.sparse_k == SUBS:
-            subs += add
-        else:
-            chosen = codec.sparse_subs(heads, layout, "k")
-            subs[chosen] += add.expand(-1, -1, SUBS, -1, -1)[chosen]
-    if layout.sink_tokens:
-        subs.view(BITS[layout.value_bytes])[:, :, 0, : layout.sink_tokens] = codec.sinks(heads, layout, side)
+    add = codec.rows(heads, layout.mean_offset, 1, layout).view(x.dtype)[:, :, None]
+    if layout.sparse_k == SUBS:
+        subs += add
+    else:
+        chosen = codec.sparse_subs(heads, layout, "k")
+        subs[chosen] += add.expand(-1, -1, SUBS, -1, -1)[chosen]
+    if layout.sink_tokens:  # they hold keys as they are
+        subs.view(BITS[layout.value_bytes])[:, :, 0, : layout.sink_tokens] = codec.sinks(heads, layout, "k")
 
 
 def _buffer(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -125,8 +133,11 @@ def _places(layout: PageLayout, side: str) -> tuple[np.ndarray, np.uint32, np.nd
 # Indices are unsigned, since Numba tests signed ones for being negative, and inner loops make no views, since a view
 # costs two atomic counts: together a factor of four.
 @numba.njit(nogil=True, cache=True, parallel=True)
-def _expand(values, words, ids, order, group_at, step, dense_at, tokens, shape, meta, meta_step, out):
+def _expand(
+    values, words, floats, ids, order, group_at, step, dense_at, tokens, shape, meta, meta_step, mean, sink, out, sums
+):
     sparse, shift, start, sparse_step, dense_step = shape
+    sink_tokens, sink_start = sink
     heads, _, d = out.shape
     for i in numba.prange(len(ids)):
         for h in range(heads):
@@ -145,12 +156,24 @@ def _expand(values, words, ids, order, group_at, step, dense_at, tokens, shape, 
                         _spread_tokens(pairs, nibbles, group_at, step, rows)
                     else:
                         _spread_channels(pairs, nibbles, group_at, step, order[h], rows)
+                    if mean >= 0:
+                        _add(sums[h, first : first + SUB_TOKENS], floats[ids[i], h, mean : mean + d])
                 else:
                     at = start + sparse * sparse_step + (sub - rank) * dense_step
                     dense = page[at : at + dense_step]
                     for t in range(SUB_TOKENS):
                         for c in range(d):
                             rows[t, np.uint32(c) if tokens else order[h, c]] = dense[dense_at[t * d + c]]
+            for t in range(sink_tokens):
+                for c in range(d):
+                    out[h, i * PAGE_TOKENS + t, c] = page[sink_start + t * d + c]
+
+
+@numba.njit(nogil=True, cache=True)
+def _add(rows, mean):
+    for t in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            rows[t, c] += mean[c]
 
 
 @numba.njit(nogil=True, cache=True)
