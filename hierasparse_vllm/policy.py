@@ -203,12 +203,13 @@ def choose(x: torch.Tensor, policy: SidePolicy, sparse: int) -> Choice:
         kept = as_bits(groups).gather(-1, index).view(x.dtype)
     else:
         kept = values.gather(-1, index)
+        finite = kept.isfinite()
         if policy.rescale and grouping.axis == "channel":
             kept = kept * _norm_scale(score, index, x.shape[-1])
         elif policy.rescale:
             kept = kept * _sum_scale(values, kept)
         low, high = _room(x.dtype, mean, grouping, index)
-        kept = torch.where(values.gather(-1, index).isfinite(), kept.clamp(low, high), kept).to(x.dtype)
+        kept = torch.where(finite, kept.clamp(low, high), kept).to(x.dtype)
     if sparse == SUBS:
         chosen = torch.ones(codes.shape[:3], dtype=torch.bool, device=x.device)
     elif sparse == 0:

@@ -72,6 +72,7 @@ class Layers:
         for handle in handles:
             handle.remove()
         # Models that scale their embeddings cannot be entered in the middle: they run from the start.
+        self.partial = True
         self.partial = len(self.all) < 2 or torch.allclose(self.run(1), self.dense, rtol=1e-3, atol=1e-3)
 
     def _keep(self, index: int, args: tuple, kwargs: dict) -> None:
@@ -80,7 +81,7 @@ class Layers:
     @torch.inference_mode()
     def run(self, start: int, pruned: OneLayer | None = None) -> torch.Tensor:
         """Hidden states [n - first, width] behind the last layer, from the dense input of layer ``start`` on."""
-        if start and getattr(self, "partial", True):
+        if start and self.partial:
             self.base.layers = nn.ModuleList(self.all[start:])
             given = {"inputs_embeds": self.inputs[start]}
         else:

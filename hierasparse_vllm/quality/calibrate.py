@@ -16,7 +16,7 @@ import torch
 
 from hierasparse_vllm.ops.reference.codec import prune_side
 from hierasparse_vllm.page import PAGE_TOKENS, SUBS
-from hierasparse_vllm.policy import Calibrated, Channels, SidePolicy, Spread
+from hierasparse_vllm.policy import Channels, SidePolicy, Spread
 
 POWERS = (0.0, 0.5, 1.0)
 PAGES, QUERIES = 4, 64
@@ -115,8 +115,8 @@ def layer_tables(sample: LayerSample, seed: int) -> Found:
         weight = rms**power
         squares = (some * weight[:, None]).square().transpose(1, 2).contiguous().numpy()
         found = order.searched(squares, order.dealt(squares.mean(axis=2)), seed)
-        grouping = Calibrated(torch.from_numpy(found), weight).channels(heads, d)
-        now = divergence(sample, grouping), grouping.order, weight, torch.full((heads,), power)
+        k_order = torch.from_numpy(found)
+        now = divergence(sample, Channels(k_order, weight)), k_order, weight, torch.full((heads,), power)
         # Head by head, the power whose pruning disturbs attention least.
         if best is None:
             best = now

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+from hierasparse_vllm.quality import models
 
 LOSS = "loss"
 DEFAULT_TASKS = "loss,passkey"
@@ -199,9 +200,7 @@ def needed() -> None:
     ValueError
         If one is.
     """
-    missing = [name for name in ("vllm", "transformers", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} missing: pip install 'hierasparse-vllm[evaluate]', and vLLM")
+    models.require("vllm", "transformers", "matplotlib", hint="pip install 'hierasparse-vllm[evaluate]', and vLLM")
 
 
 def split(names: str) -> list[str]:
@@ -257,7 +256,5 @@ def describe(model: str) -> tuple[Any, int, int | None]:
         config = AutoConfig.from_pretrained(model).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"the model {model!r} cannot be read: {first}") from error
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return tokenizer, head_size, getattr(config, "max_position_embeddings", None)
+        raise models.unreadable(model, error) from error
+    return tokenizer, models.head_size(config), getattr(config, "max_position_embeddings", None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import time
 from pathlib import Path
 from typing import Any
+
+from hierasparse_vllm.quality import models
 
 
 def add_parsers(commands: Any) -> None:
@@ -41,7 +42,6 @@ def calibrate(args: argparse.Namespace) -> int:
     """Run ``hierasparse calibrate``; returns the exit status."""
     import torch
 
-    from hierasparse_vllm import calibration
     from hierasparse_vllm.page import PAGE_TOKENS
     from hierasparse_vllm.quality.calibrate import PAGES, POWERS, collect, layer_tables
 
@@ -54,7 +54,7 @@ def calibrate(args: argparse.Namespace) -> int:
         tables |= {f"{name}.k_order": found.order, f"{name}.k_weight": found.weight}
         before, after = before + found.before / len(layers), after + found.after / len(layers)
         powers.append(found.powers)
-    _save(args, calibration, tables)
+    _save(args, simulation, tables)
     powers = torch.cat(powers)
     counts = ", ".join(f"{power:g} in {int((powers == power).sum())}" for power in POWERS)
     print(f"divergence of attention over sparse keys, mean of {len(layers)} layers: {before:.5f} nats without tables, "
@@ -68,7 +68,7 @@ def budget(args: argparse.Namespace) -> int:
     import torch
 
     from hierasparse_vllm import calibration
-    from hierasparse_vllm.options import Options
+    from hierasparse_vllm.options import PRESETS, Options
     from hierasparse_vllm.page import PAGE_TOKENS, SUBS, PageLayout
     from hierasparse_vllm.quality import budget as budgets
     from hierasparse_vllm.quality.calibrate import layer_names
@@ -79,7 +79,7 @@ def budget(args: argparse.Namespace) -> int:
     windows = windows[: args.texts]
     config = simulation.model.config.get_text_config()
     tables = calibration.read_for(args.tables, config) if args.tables else {}
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = models.head_size(config)
     layout = PageLayout(head_size, 2, sink_tokens=args.sink_tokens, key_mean=True)
     names = layer_names(simulation.model)
     policies = []
@@ -92,12 +92,13 @@ def budget(args: argparse.Namespace) -> int:
     )
     best = budgets.splits(cost)
     tables |= {f"{name}.budget": row for name, row in zip(names.values(), best)}
-    _save(args, calibration, tables)
+    _save(args, simulation, tables)
     print("\nsparse sub-blocks of a page (of 8), share of the dense bytes (16 bit), and the sum of the layers' own "
           "divergences in nats per token with one split for all layers and with each layer's own")  # fmt: skip
     fitting = None
+    presets = {round(SUBS * (p["key_sparsity"] + p["value_sparsity"])): p["key_sparsity"] for p in PRESETS.values()}
     for total in range(1, 2 * SUBS + 1):
-        keys = min(SUBS, total - total // 2 + (total == 6))  # as the presets split it
+        keys = round(SUBS * presets[total]) if total in presets else total - total // 2
         layout = PageLayout(head_size, 2, keys, total - keys, sink_tokens=args.sink_tokens, key_mean=True)
         share = layout.head_bytes / layout.dense_head_bytes
         even = budgets.predicted(cost, torch.full((len(best),), keys), total)
@@ -117,9 +118,7 @@ def budget(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace, shortest: int) -> tuple[Any, list[list[int]]]:
     """The model in transformers and the token ids of the texts."""
-    missing = [name for name in ("transformers", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} missing: pip install 'hierasparse-vllm[evaluate]'")
+    models.require("transformers", "tqdm")
     if args.length < shortest:
         raise ValueError(f"--length is {args.length}; at least {shortest} tokens are needed")
     if args.output.suffix != ".safetensors":
@@ -131,18 +130,17 @@ def _start(args: argparse.Namespace, shortest: int) -> tuple[Any, list[list[int]
     try:
         simulation = Simulation(args.model, args.dtype, None)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the model {args.model!r} cannot be read: {reason}") from error
+        raise models.unreadable(args.model, error) from error
     windows = [texts.windows(simulation.tokenizer, text, args.length, name) for name, text in chosen]
     names = ", ".join(name for name, _ in chosen)
     print(f"{args.model} on {simulation.device}, texts of {args.length} tokens: {names}", flush=True)
     return simulation, windows
 
 
-def _save(args: argparse.Namespace, calibration: Any, tables: dict[str, Any]) -> None:
-    from transformers import AutoConfig
+def _save(args: argparse.Namespace, simulation: Any, tables: dict[str, Any]) -> None:
+    from hierasparse_vllm import calibration
 
-    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    config = simulation.model.config.get_text_config()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     calibration.save(args.output, tables, calibration.fingerprint(config), shlex.join(["hierasparse", *args.argv]))
 
