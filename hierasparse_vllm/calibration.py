@@ -1,9 +1,9 @@
 """Calibration tables: channel orders, score weights and sparsity budgets per layer, in a safetensors file.
 
-A file holds for each attention layer (by its vLLM name) ``<layer>.k_order`` int32 [H, D], ``<layer>.v_order`` int32
-[H, D], ``<layer>.k_weight`` float32 [H, D] and ``<layer>.budget`` int32 [9] (how many of n = 0 ... 8 sparse sub-blocks
-of a page are K's), any of them absent where the policy's default is meant, and in its metadata the format's version,
-the fingerprint of the model it was made for, the package's version and the command.
+A file holds for each attention layer (by its vLLM name) ``<layer>.k_order`` int32 [H, D], ``<layer>.k_weight`` float32
+[H, D] and ``<layer>.budget`` int32 [9] (how many of n = 0 ... 8 sparse sub-blocks of a page are K's), any of them
+absent where the policy's default is meant, and in its metadata the format's version, the fingerprint of the model it
+was made for, the package's version and the command.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from hierasparse_vllm import __version__
 from hierasparse_vllm.options import Options
 from hierasparse_vllm.page import SUBS, PageLayout
-from hierasparse_vllm.policy import UNCALIBRATED, Calibrated, Channels, LayerPolicy, Magnitude, SidePolicy, Tokens
+from hierasparse_vllm.policy import UNCALIBRATED, Calibrated, Channels, LayerPolicy, SidePolicy, Tokens
 
 FORMAT = "hierasparse-tables-1"
-KINDS = ("k_order", "v_order", "k_weight", "budget")
+KINDS = ("k_order", "k_weight", "budget")
 # What makes K and V of two models comparable; names of the Hugging Face configuration.
 _FINGERPRINT_KEYS = (
     "model_type",
@@ -125,13 +125,12 @@ def layer_policy(options: Options, layout: PageLayout, tables: dict[str, torch.T
     kv_heads : int
         KV heads of this rank.
     """
-    natural = Magnitude().channels(kv_heads, layout.head_size)
     calibrated = options.key_policy == "calibrated"
     keys = UNCALIBRATED["spread" if calibrated else options.key_policy].channels(kv_heads, layout.head_size)
     if calibrated:
         weight = tables.get("k_weight", torch.ones(kv_heads, layout.head_size))
         keys = Calibrated(tables.get("k_order", keys.order).long(), weight.float()).channels(kv_heads, layout.head_size)
-    values = Tokens() if layout.value_axis == "token" else Channels(tables.get("v_order", natural.order).long())
+    values = Tokens() if layout.value_axis == "token" else Channels()
     # A norm in which channels count by their magnitude alone says little of a key's logits: without weights, rescaling
     # doubled the divergence that 2:4 keys cost (docs/quality.md).
     return LayerPolicy(
@@ -155,7 +154,7 @@ def read(path: str | Path, names: list[str] | None = None) -> tuple[dict[str, st
     Raises
     ------
     ValueError
-        If the file is missing, unreadable or of another format.
+        If the file is missing, unreadable, of another format, or holds an order of V's channels.
     """
     path = str(path)
     if not Path(path).is_file():
@@ -173,6 +172,11 @@ def read(path: str | Path, names: list[str] | None = None) -> tuple[dict[str, st
         raise ValueError(
             f"HieraSparse: the tables file {path!r} has format {metadata.get('format')!r}, this version reads "
             f"{FORMAT!r}; make the tables again"
+        )
+    if any(name.endswith(".v_order") for name in present):
+        raise ValueError(
+            f"HieraSparse: the tables file {path!r} has channel orders of V ('v_order'), which this version does not "
+            "use; make the tables again with `hierasparse calibrate`"
         )
     return metadata, found
 

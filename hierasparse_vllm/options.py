@@ -33,7 +33,8 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "type": "integer",
         "minimum": 0,
         "maximum": SUB_TOKENS,
-        "description": "First tokens of every page that are also kept dense; in page 0 they are the attention sinks.",
+        "description": "First tokens of a request that are read exactly even when their page is compressed: the "
+        "attention sinks.",
     },
     "policy": {
         "enum": list(POLICIES),
@@ -68,6 +69,12 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "description": "position: one rule for every token, so chunk size and cache hits change nothing; "
         "chunk: a prefill chunk sees itself dense.",
     },
+    "prefill_workspace_mib": {
+        "type": "integer",
+        "minimum": 1,
+        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand pages for prefill; any "
+        "context fits, a small workspace takes more rounds.",
+    },
     "log_interval": {
         "type": "number",
         "minimum": 0,
@@ -93,6 +100,7 @@ class Options:
     layer_budget: bool = True
     storage: str = "compressed"
     prefill: str = "position"
+    prefill_workspace_mib: int = 256
     log_interval: float = 10.0
 
     def __post_init__(self):

@@ -10,7 +10,8 @@ of the four V sub-blocks are sparse, so a page has one constant size.  Which one
 
 Values lie in *fragment order*: the order in which the lanes of a warp hold operand A of a tensor-core product, so
 that a lane reads 16 contiguous bytes (of a 2-byte dtype) per fragment and needs no shuffle.  K is operand A of
-S^T = K q^T (rows are tokens); V is operand A of O^T = V^T P^T (rows are channels).  docs/page-format.md draws it.
+S^T = K q^T (rows are tokens); V is operand A of O^T = V^T P^T (rows are channels).  The mean and the sink rows of K lie
+in *operand order*: a lane reads its part of such a row with 16-byte loads too.  docs/page-format.md draws it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ INDEX_BYTES = ALIGN
 META_BYTES = 4
 """A metadata word holds the nibbles of eight groups of four."""
 HEAD_SIZES = (64, 128, 256)
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
+SINK_BIT = 1 << 8
+"""Of the index word: the page's sink rows count."""
 WINDOW_BLOCKS = (128, 64, 32)
 """Tokens per dense window block, best first; divisors of a page so that prefix hits align to pages."""
 
@@ -54,7 +57,8 @@ class PageLayout:
     value_axis : {"channel", "token"}
         Direction of V's groups of four.
     sink_tokens : int
-        The first tokens of every page that are also kept dense, outside the sub-blocks.
+        The first tokens of a request that are also kept dense, outside the sub-blocks.  Every page has room for them,
+        since all pages have one size, but only a request's first page uses it.
     key_mean : bool
         Keep one vector per page that readers add to the keys of sparse sub-blocks (not to sink rows).
     dense_page : bool
@@ -115,7 +119,7 @@ class PageLayout:
 
     @property
     def mean_offset(self) -> int:
-        """Mean of K, D values in the model's channel order."""
+        """Mean of K, D values in the order of `row_order`."""
         return INDEX_BYTES
 
     @property
@@ -125,7 +129,7 @@ class PageLayout:
 
     @property
     def sink_offset(self) -> int:
-        """Sink rows of K, row-major; V's follow at ``sink_offset + sink_bytes``."""
+        """Sink rows of K, each in the order of `row_order`; V's, in the model's, follow at ``+ sink_bytes``."""
         return self.mean_offset + self.mean_bytes
 
     @property
@@ -173,17 +177,32 @@ class PageLayout:
 
     # ---- index word --------------------------------------------------------------------------------------------
     # The word holds two 4-bit masks of sparse sub-blocks, K's in bits 0..3 and V's in bits 4..7, each XORed with the
-    # mask of "the first ones are sparse".  So a page of zero bytes is a valid page of zeros, which vLLM's benchmarks
-    # on an unwritten cache rely on, and no index word that our code writes can point outside the region.
+    # mask of "the first ones are sparse", and in bit 8 whether the sink rows count.  So a page of zero bytes is a valid
+    # page of zeros, which vLLM's benchmarks on an unwritten cache rely on, and no index word that our code writes can
+    # point outside the region.
 
-    def encode_index(self, k_mask, v_mask):
-        """Index word for two masks of sparse sub-blocks (ints or integer tensors)."""
-        return (k_mask ^ self._first(self.sparse_k)) | ((v_mask ^ self._first(self.sparse_v)) << SUBS)
+    def encode_index(self, k_mask, v_mask, first=False):
+        """Index word.
+
+        Parameters
+        ----------
+        k_mask, v_mask : int or integer tensor
+            Masks of sparse sub-blocks.
+        first : bool or bool tensor
+            Whether it is a request's first page; the sink bit is set there if the layout has sink rows.
+        """
+        masks = (k_mask ^ self._first(self.sparse_k)) | ((v_mask ^ self._first(self.sparse_v)) << SUBS)
+        return masks | (first * SINK_BIT if self.sink_tokens else 0)
 
     def decode_index(self, word):
         """``(k_mask, v_mask)`` of an index word (int or integer tensor)."""
         full = (1 << SUBS) - 1
         return (word & full) ^ self._first(self.sparse_k), ((word >> SUBS) & full) ^ self._first(self.sparse_v)
+
+    @staticmethod
+    def has_sinks(word):
+        """Whether the first tokens are read from the sink rows, by the index word (int or integer tensor)."""
+        return word & SINK_BIT != 0
 
     @staticmethod
     def _first(n: int) -> int:
@@ -203,7 +222,8 @@ class PageLayout:
     # ---- order of the values inside a sub-block ------------------------------------------------------------------
     # *Logical* index of a kept value: 2 * group + e (e = 0 for the lower position of the pair); group = token * D/4 + i
     # for groups along channels (i counts groups in the channel order), (token / 4) * D + channel for groups along
-    # tokens.  Logical index of a dense value: token * D + place in the channel order.
+    # tokens.  Logical index of a dense value: token * D + place in the channel order.  Channel order: K's own; for V
+    # the model's.
 
     def kept_order(self, side: str) -> np.ndarray:
         """Logical index of the kept value at each place of a sparse sub-block, int32 [groups * 2]."""
@@ -211,11 +231,16 @@ class PageLayout:
 
     def dense_order(self, side: str) -> np.ndarray:
         """Logical index of the value at each place of a dense sub-block, int32 [groups * 4]."""
-        return _dense_order(self.head_size, self._kind(side))
+        return _dense_order(self.head_size, side)
 
     def nibble_order(self, side: str) -> np.ndarray:
         """Group of each metadata nibble (word ``n // 8``, bits ``4 * (n % 8)``), int32 [groups]."""
         return _nibble_order(self.head_size, self._kind(side))
+
+    @property
+    def row_order(self) -> np.ndarray:
+        """Position in K's channel order of the value at each place of the mean or of a sink row of K, int32 [D]."""
+        return _row_order(self.head_size)
 
     def _kind(self, side: str) -> str:
         return "k" if side == "k" else f"v_{self.value_axis}"
@@ -233,13 +258,21 @@ def _fragments(rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
     return row.reshape(-1), col.reshape(-1)
 
 
+def _value_channel(row: np.ndarray) -> np.ndarray:
+    """Channel of a row of V's operand: row r of tile 4c + j is channel 64c + 4r + j.
+
+    So the four channels of a group along channels are one row of four fragments, in one lane, and dense sub-blocks have
+    one order whatever V's groups are.
+    """
+    return row // 64 * 64 + 4 * (row % 16) + row // 16 % 4
+
+
 def _channel_fragments(head_size: int, planes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Group, token and plane at each place of a V sub-block whose groups lie along channels.
+    """Group of four channels, token and plane at each place of a dense V sub-block, or one with groups along channels.
 
     Such groups cannot be the sparse operand (they lie along M, not along the summed tokens); a kernel expands them in
-    registers.  Row r of tile j of 64 channels is channel 4r + j, so that the four channels of a group are one row of
-    four A fragments, in the same lane: expanding needs no shuffle.  ``planes`` is 4 for dense values (j) and 2 for
-    kept ones (e).  Order: 64 channels, 16 tokens, plane, lane, register, half.
+    registers, without a shuffle (`_value_channel`).  ``planes`` is 4 for dense values (j) and 2 for kept ones (e).
+    Order: 64 channels, 16 tokens, plane, lane, register, half.
     """
     c, s, p, lane, i, h = np.ix_(*map(np.arange, (head_size // 64, SUB_TOKENS // 16, planes, 32, 4, 2)))
     zero = 0 * (c + s + p + lane + i + h)
@@ -254,8 +287,8 @@ def _kept_order(d: int, kind: str) -> np.ndarray:
         token, col = _fragments(SUB_TOKENS, d // 2)
         order = token * (d // 2) + col
     elif kind == "v_token":
-        channel, col = _fragments(d, SUB_TOKENS // 2)
-        order = ((col // 2) * d + channel) * 2 + col % 2
+        row, col = _fragments(d, SUB_TOKENS // 2)
+        order = ((col // 2) * d + _value_channel(row)) * 2 + col % 2
     else:
         group, token, e = _channel_fragments(d, 2)
         order = (token * (d // 4) + group) * 2 + e
@@ -263,17 +296,24 @@ def _kept_order(d: int, kind: str) -> np.ndarray:
 
 
 @lru_cache
-def _dense_order(d: int, kind: str) -> np.ndarray:
-    if kind == "k":
+def _dense_order(d: int, side: str) -> np.ndarray:
+    if side == "k":
         token, col = _fragments(SUB_TOKENS, d)
         order = token * d + col
-    elif kind == "v_token":
-        channel, token = _fragments(d, SUB_TOKENS)
-        order = token * d + channel
     else:
         group, token, j = _channel_fragments(d, 4)
         order = token * d + 4 * group + j
     return order.astype(np.int32)
+
+
+@lru_cache
+def _row_order(d: int) -> np.ndarray:
+    """Operand order: lane 4g + t holds eight of every 32 channels in B of m16n8k32, or in a row of A of two m16n8k16.
+
+    Place 8 (4s + t) + 2i + h has position 32s + 2t + 8i + h, which is in half h of the lane's register i of B.
+    """
+    s, t, i, h = np.ix_(*map(np.arange, (d // 32, 4, 4, 2)))
+    return (32 * s + 2 * t + 8 * i + h).reshape(-1).astype(np.int32)
 
 
 @lru_cache
@@ -295,5 +335,5 @@ def _nibble_order(d: int, kind: str) -> np.ndarray:
     pairs = d // 64 if kind == "k" else 1
     row = 16 * (w // pairs) + g + 8 * (n >> 2)
     group = 8 * (2 * (w % pairs) + (t >> 1)) + 4 * (t & 1) + (n & 3)
-    order = row * (d // 4) + group if kind == "k" else group * d + row
+    order = row * (d // 4) + group if kind == "k" else group * d + _value_channel(row)
     return order.reshape(-1).astype(np.int32)

@@ -34,18 +34,18 @@ class Channels:
 
     Parameters
     ----------
-    order : Tensor, int64 [H, D]
-        Permutation of the head's channels; four consecutive entries make a group.
+    order : Tensor or None, int64 [H, D]
+        Permutation of the head's channels; four consecutive entries make a group.  None, for V, is the model's order.
     weight : Tensor or None, float32 [H, D]
         Factor of a channel's magnitude in its score, indexed by channel; None for 1.
     """
 
-    order: torch.Tensor
+    order: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     axis = "channel"
 
     def to(self, device: torch.device) -> Channels:
-        return Channels(self.order.to(device), None if self.weight is None else self.weight.to(device))
+        return Channels(*(None if table is None else table.to(device) for table in (self.order, self.weight)))
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,11 @@ class LayerPolicy:
     key: SidePolicy
     value: SidePolicy
 
+    def __post_init__(self):
+        order = getattr(self.value.grouping, "order", None)
+        if order is not None and not (order == torch.arange(order.shape[-1], device=order.device)).all():
+            raise ValueError("V has no channel order of its own: pages hold it in the model's")
+
     def to(self, device: torch.device) -> LayerPolicy:
         """The same policy on ``device``."""
         return LayerPolicy(self.key.to(device), self.value.to(device))
@@ -234,7 +239,7 @@ def to_groups(x: torch.Tensor, grouping: Channels | Tokens) -> torch.Tensor:
     if grouping.axis == "token":
         bits = bits.reshape(n, h, tokens // 4, 4, d).transpose(3, 4)
     else:
-        bits = bits.gather(3, grouping.order[None, :, None].expand(n, h, tokens, d))
+        bits = bits if grouping.order is None else bits.gather(3, grouping.order[None, :, None].expand(bits.shape))
     return bits.reshape(n, h, SUBS, SUB_TOKENS * d // 4, 4).view(x.dtype)
 
 
@@ -245,6 +250,8 @@ def from_groups(groups: torch.Tensor, grouping: Channels | Tokens, d: int) -> to
     if grouping.axis == "token":
         return groups.reshape(n, h, tokens // 4, d, 4).transpose(3, 4).reshape(n, h, tokens, d)
     bits = as_bits(groups).reshape(n, h, tokens, d)
+    if grouping.order is None:
+        return bits.view(groups.dtype)
     index = grouping.order[None, :, None].expand(n, h, tokens, d)
     return torch.empty_like(bits).scatter_(3, index, bits).view(groups.dtype)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from hierasparse_vllm.page import PAGE_TOKENS
+
+LONGEST_DECODE = 16
+"""Requests with at most so many queries go to the CUDA ops' decode kernel (kMaxQueryLen of csrc/decode/params.h), the
+others to their prefill."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,12 @@ class Batch:
     rule : ReadRule
     window_block : int
         Tokens per block of the window cache.
+    query_start_device : Tensor or None, int32 [R + 1]
+        ``query_start`` on the device, for ops that decide nothing on the host.
+    host_lens : Tensor or None, int32 [R]
+        ``seq_lens`` on the host; exact for requests with more queries than a decode step has, which alone look here.
+    derived : dict
+        What ops derive from the batch once per step, for all layers.
     """
 
     query_start: torch.Tensor
@@ -105,6 +115,9 @@ class Batch:
     slots: torch.Tensor
     rule: ReadRule
     window_block: int = 128
+    query_start_device: torch.Tensor | None = None
+    host_lens: torch.Tensor | None = None
+    derived: dict = field(default_factory=dict, repr=False)
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -123,8 +136,18 @@ class Batch:
         return rows, self.slots[rows].long()
 
     @cached_property
-    def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages that this step fills: page ids int64 [n] and their window blocks int64 [n, 256 / window_block]."""
+    def filled(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pages that this step fills.
+
+        Returns
+        -------
+        pages : Tensor, int64 [n]
+            Their ids.
+        blocks : Tensor, int64 [n, 256 / window_block]
+            Their window blocks.
+        first : Tensor, bool [n]
+            Which of them are the first page of a request.
+        """
         per_page = PAGE_TOKENS // self.window_block
         at = [(r.index, p) for r in self.requests for p in r.filled_pages()]
         device = self.page_table.device
@@ -133,4 +156,4 @@ class Batch:
         blocks = index[:, 1:] * per_page + torch.arange(per_page, device=device)
         blocks = self.window_table[index[:, :1], blocks].long()
         real = pages > 0  # warm-up steps run on null blocks
-        return pages[real], blocks[real]
+        return pages[real], blocks[real], index[real, 1] == 0

@@ -40,7 +40,9 @@ class OneLayer:
             x = k if self.side == "k" else v
             whole = x.shape[1] // PAGE_TOKENS * PAGE_TOKENS
             pages = x[:, :whole].unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1)
-            self.pages = prune_side(pages, self.policy, self.sparse, self.sinks).transpose(0, 1).flatten(1, 2)
+            pruned = prune_side(pages, self.policy, self.sparse)
+            pruned[0, :, : self.sinks] = pages[0, :, : self.sinks]
+            self.pages = pruned.transpose(0, 1).flatten(1, 2)
         pruned = self.pages[:, :end]
         return (pruned, v[:, :end]) if self.side == "k" else (k[:, :end], pruned)
 

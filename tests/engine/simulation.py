@@ -31,7 +31,7 @@ class Rule:
     local_window : int
         Multiple of 256; the query's own page and this many tokens of pages before it are read exact.
     sink_tokens : int
-        The first tokens of *every* page that stay exact.
+        The first tokens of the prompt that stay exact; at most a page.
     policy : {"spread", "strided", "magnitude"}
         Channel order of K where no table gives one.
     value_axis : {"channel", "token"}
@@ -42,7 +42,7 @@ class Rule:
         Kept entries of V, and with tables of K, are enlarged: each token keeps its norm, or with ``value_axis="token"``
         each group of V its sum.
     tables : dict[int, dict[str, Tensor]] or None
-        Per layer, any of ``k_order`` [H, D], ``k_weight`` [H, D] (indexed by channel) and ``v_order`` [H, D].
+        Per layer, ``k_order`` [H, D] or ``k_weight`` [H, D] (indexed by channel), or both.
     pruned : dict[int, tuple[int, int]] or None
         Per layer, how many sub-blocks of K and of V are pruned, in place of the sparsities.
     """
@@ -172,6 +172,7 @@ def _prune(x, mean, weight, order, axis, count, sink_tokens, rescale):
     count : int
         How many sub-blocks are pruned.
     sink_tokens : int
+        How many of this page's tokens stay exact.
     rescale : bool
 
     Returns
@@ -197,7 +198,7 @@ def _prune(x, mean, weight, order, axis, count, sink_tokens, rescale):
     return torch.where(sparse[..., None], mean + rest.masked_fill(~kept, 0.0), x)
 
 
-def compress_page(k, v, rule, layer):
+def compress_page(k, v, rule, layer, number):
     """Compress one page of one layer.
 
     Parameters
@@ -206,6 +207,8 @@ def compress_page(k, v, rule, layer):
         Keys after rotary embedding, and values, of all KV heads.
     rule : Rule
     layer : int
+    number : int
+        Of the page in its sequence; page 0 has the sink tokens.
 
     Returns
     -------
@@ -215,16 +218,17 @@ def compress_page(k, v, rule, layer):
     heads, _, dim = k.shape
     table = (rule.tables or {}).get(layer, {})
     k_order = table.get("k_order", _channel_order(rule.policy, dim).expand(heads, dim))
-    v_order = table.get("v_order", torch.arange(dim).expand(heads, dim))
+    natural = torch.arange(dim).expand(heads, dim)
     weight = table["k_weight"].float()[:, None] if "k_weight" in table else None
     zero = torch.zeros(heads, 1, dim)
     mean = _sum(k, 1)[:, None] / PAGE if rule.key_mean else zero
     k_count, v_count = rule.sub_blocks(layer)
+    sinks = rule.sink_tokens if number == 0 else 0
     # Without tables the norm would count channels that no query looks at: then K is not rescaled.
     k_rescale, mean = rule.rescale and rule.tables is not None, mean.where(mean.isfinite(), 0.0)
     return (
-        _prune(k, mean, weight, k_order, "channel", k_count, rule.sink_tokens, k_rescale),
-        _prune(v, zero, None, v_order, rule.value_axis, v_count, rule.sink_tokens, rule.rescale),
+        _prune(k, mean, weight, k_order, "channel", k_count, sinks, k_rescale),
+        _prune(v, zero, None, natural, rule.value_axis, v_count, sinks, rule.rescale),
     )
 
 
@@ -240,7 +244,7 @@ class _Sequence:
         pages = self.pages.setdefault(layer, [])
         for start in range(PAGE * len(pages), end, PAGE):
             rows = slice(start, start + PAGE)
-            pages.append(compress_page(k[:, rows], v[:, rows], self.rule, layer))
+            pages.append(compress_page(k[:, rows], v[:, rows], self.rule, layer, start // PAGE))
         k_pages, v_pages = zip(*pages[: end // PAGE], strict=True)
         return torch.cat(k_pages, dim=1), torch.cat(v_pages, dim=1)
 

@@ -62,7 +62,6 @@ def some_tables(model, path):
     for layer in range(config.num_hidden_layers):
         tables[layer] = {
             "k_order": torch.stack([torch.randperm(dim, generator=gen) for _ in range(heads)]),
-            "v_order": torch.stack([torch.randperm(dim, generator=gen) for _ in range(heads)]),
             "k_weight": torch.rand(heads, dim, generator=gen) + 0.1,
         }
         pruned[layer] = [(4, 2), (2, 4), (3, 3)][layer % 3]  # of the preset's six

@@ -199,7 +199,7 @@ def stored(x, side, dtype):
 
 @quiet
 def read(x, side, dtype, sparse, sinks=0):
-    """A page [256, D] of one head as its readers see it."""
+    """A page [256, D] of one head as its readers see it; ``sinks`` is 0 for all but a request's first page."""
     kept, keep, score, mean = stored(x, side, dtype)
     chosen = sparse_subs(score, keep, sparse)
     values, exact = x.astype(np.float32).copy(), np.ones(x.shape, bool)

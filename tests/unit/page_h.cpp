@@ -20,13 +20,13 @@ static void layouts() {
               for (uint32_t mask = 0; mask < 16; ++mask) {
                 const bool own_k = __builtin_popcount(mask) == k, own_v = __builtin_popcount(mask) == v;
                 if (own_k) {
-                  const uint32_t word = l.encode_index(mask, (1u << v) - 1);
-                  std::printf(" %u %u", word, l.k_mask(word));
+                  const uint32_t word = l.encode_index(mask, (1u << v) - 1, true);
+                  std::printf(" %u %u %d", word, l.k_mask(word), l.has_sinks(word));
                   for (int sub = 0; sub < kSubs; ++sub) std::printf(" %d", l.k_sub(mask, sub));
                 }
                 if (own_v) {
-                  const uint32_t word = l.encode_index((1u << k) - 1, mask);
-                  std::printf(" %u %u", word, l.v_mask(word));
+                  const uint32_t word = l.encode_index((1u << k) - 1, mask, false);
+                  std::printf(" %u %u %d", word, l.v_mask(word), l.has_sinks(word));
                   for (int sub = 0; sub < kSubs; ++sub) std::printf(" %d", l.v_sub(mask, sub));
                 }
               }
@@ -45,7 +45,7 @@ static void orders(int d) {
   std::printf("\nkept v_token %d :", d);
   for (int p = 0; p < values / 2; ++p) {
     const RowCol at = fragment(p, kSubTokens / 2);
-    std::printf(" %d", (at.col / 2 * d + at.row) * 2 + at.col % 2);
+    std::printf(" %d", (at.col / 2 * d + value_channel(at.row)) * 2 + at.col % 2);
   }
   std::printf("\nkept v_channel %d :", d);
   for (int p = 0; p < values / 2; ++p) {
@@ -57,12 +57,7 @@ static void orders(int d) {
     const RowCol at = fragment(p, d);
     std::printf(" %d", at.row * d + at.col);
   }
-  std::printf("\ndense v_token %d :", d);
-  for (int p = 0; p < values; ++p) {
-    const RowCol at = fragment(p, kSubTokens);
-    std::printf(" %d", at.col * d + at.row);
-  }
-  std::printf("\ndense v_channel %d :", d);
+  std::printf("\ndense v %d :", d);
   for (int p = 0; p < values; ++p) {
     const ChannelPlace at = channel_fragment(p, 4);
     std::printf(" %d", at.token * d + 4 * at.group + at.plane);
@@ -76,19 +71,25 @@ static void orders(int d) {
           const RowCol at = meta_group(w, lane, n, kind == 0 ? d / 64 : 1);
           const ChannelPlace own = meta_channel_group(w, lane, n);
           group[meta_word(w, lane) * 8 + n] = kind == 0   ? at.row * (d / 4) + at.col
-                                              : kind == 1 ? at.col * d + at.row
+                                              : kind == 1 ? at.col * d + value_channel(at.row)
                                                           : own.token * (d / 4) + own.group;
         }
     std::printf("\nnibbles %s %d :", kinds[kind], d);
     for (int n = 0; n < values / 4; ++n) std::printf(" %d", group[n]);
     std::free(group);
   }
+  std::printf("\nrow positions %d :", d);
+  for (int place = 0; place < d; ++place) std::printf(" %d", row_position(place));
+  std::printf("\nrow places %d :", d);
+  for (int position = 0; position < d; ++position) std::printf(" %d", row_place(position));
+  std::printf("\nvalue rows %d :", d);
+  for (int channel = 0; channel < d; ++channel) std::printf(" %d", value_row(channel));
   std::printf("\n");
 }
 
 int main() {
-  std::printf("constants : %d %d %d %d %d %d\n", kLayoutVersion, kPageTokens, kSubTokens, kAlign, kIndexBytes,
-              kMetaBytes);
+  std::printf("constants : %d %d %d %d %d %d %u\n", kLayoutVersion, kPageTokens, kSubTokens, kAlign, kIndexBytes,
+              kMetaBytes, kSinkBit);
   layouts();
   for (int d = 64; d <= 256; d *= 2) orders(d);
 }

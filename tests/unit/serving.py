@@ -34,16 +34,18 @@ class Sequence:
             sides = []
             for x, side, sparse in ((self.k, policy.key, layout.sparse_k), (self.v, policy.value, layout.sparse_v)):
                 pages = x[: len(x) // PAGE_TOKENS * PAGE_TOKENS].unflatten(0, (-1, PAGE_TOKENS)).transpose(1, 2)
-                seen, _ = reading(pages, side, sparse, layout.sink_tokens)
+                seen, _ = reading(pages, side, sparse, layout.sink_tokens, first=[0])
                 sides.append(seen.transpose(1, 2).flatten(0, 1).float().numpy())
             self._pruned = sides
         return self._pruned
 
 
 class Engine:
-    """Runs steps of sequences through the ops and compares every output with the tests' own attention."""
+    """Runs steps of sequences through ``ops`` and compares every output with the tests' own attention."""
 
-    def __init__(self, layout, dtype, rule: ReadRule, kv_heads, group, device="cpu", blocks=80, seed=0, rescale=False):
+    def __init__(
+        self, layout, dtype, rule: ReadRule, kv_heads, group, device="cpu", blocks=80, seed=0, rescale=False, ops=None
+    ):
         self.rng = np.random.default_rng(seed)
         self.layout, self.dtype, self.rule, self.device = layout, dtype, rule, torch.device(device)
         self.kv_heads, self.group, self.d = kv_heads, group, layout.head_size
@@ -56,7 +58,7 @@ class Engine:
         self.window = self.window_of(self.pool)
         order = self.rng.permutation(np.arange(1, blocks)).tolist()
         self.trap, self.free = order[0], order[1:]  # a block of NaNs for ever
-        self.ops = ReferenceOps()
+        self.ops = ops or ReferenceOps()
         self.compressed = 0
 
     def window_of(self, pool):
@@ -134,9 +136,9 @@ class Engine:
         """Store, compress, attend; returns the outputs of each request, on the host."""
         batch = self.batch(work)
         q, k, v = (self.rows(work, name) for name in "qkv")
-        self.ops.store(k, v, batch, self.window)
-        filled = self.ops.compress(batch, self.window, self.pages, self.layout, self.policy)
-        assert filled == sum((s.computed + n) // PAGE_TOKENS - s.computed // PAGE_TOKENS for s, n in work)
+        counted = self.ops.update(k, v, batch, self.window, self.pages, self.layout, self.policy)
+        filled = sum((s.computed + n) // PAGE_TOKENS - s.computed // PAGE_TOKENS for s, n in work)
+        assert counted in (filled, None), "ops on a GPU count there"
         out = torch.full_like(q, torch.nan)
         self.ops.attend(q, batch, self.window, self.pages, self.layout, self.policy, self.scale, out)
         self.compressed += filled

@@ -102,8 +102,9 @@ def test_requests_without_tokens_or_queries_are_left_out(device):
 def test_filled_names_each_page_and_its_window_blocks(window_block, device):
     table = torch.arange(3 * 40, device=device).view(3, 40).int()
     b = batch([520, 255, 768], [520, 255, 1], device, window_table=table, window_block=window_block)
-    pages, blocks = b.filled
+    pages, blocks, first = b.filled
     assert pages.tolist() == [10, 11, 32]
+    assert first.tolist() == [True, False, False] and first.dtype == torch.bool
     per_page = 256 // window_block
     assert blocks.tolist() == [
         list(range(per_page)),
@@ -114,15 +115,15 @@ def test_filled_names_each_page_and_its_window_blocks(window_block, device):
 
 
 def test_a_step_that_fills_nothing_has_empty_lists(device):
-    pages, blocks = batch([255, 513], [255, 1], device).filled
-    assert pages.shape == (0,) and blocks.shape == (0, 2)
+    pages, blocks, first = batch([255, 513], [255, 1], device).filled
+    assert pages.shape == first.shape == (0,) and blocks.shape == (0, 2)
 
 
 def test_null_pages_are_not_filled(device):
-    table = torch.tensor([[0, 7], [0, 0]], dtype=torch.int32, device=device)
-    pages, blocks = batch([512, 512], [512, 512], device, page_table=table).filled
-    assert pages.tolist() == [7]
-    assert blocks.tolist() == [[102, 103]]
+    table = torch.tensor([[0, 7], [0, 0], [8, 0]], dtype=torch.int32, device=device)
+    pages, blocks, first = batch([512, 512, 512], [512, 512, 512], device, page_table=table).filled
+    assert pages.tolist() == [7, 8] and first.tolist() == [False, True]
+    assert blocks.tolist() == [[102, 103], [300, 301]]
 
 
 @pytest.mark.parametrize("window_block", [128, 32])

@@ -61,7 +61,7 @@ def assert_stores(x, side, device="cpu"):
     choice = choose(x.to(device), side.to(device), 4)
     got, d = kept_rows(choice, side.to(device).grouping, x.shape[-1]).cpu(), x.shape[-1]
     for n, h in np.ndindex(*x.shape[:2]):
-        kept, keep, _, mean = naive.stored(x[n, h].float().numpy(), naive_side(side, h), name(x.dtype))
+        kept, keep, _, mean = naive.stored(x[n, h].float().numpy(), naive_side(side, h, d), name(x.dtype))
         want = torch.from_numpy(kept).to(x.dtype)
         same = (bits(got[n, h]) == bits(want)) | (got[n, h].isnan() & want.isnan())
         assert same.all(), f"{(~same).sum()} of {256 * d} values, first at {(~same).nonzero()[0].tolist()}"
@@ -252,10 +252,10 @@ def overflowing_keys(rescale):
 def test_a_finite_key_is_read_finite_where_a_mean_is_added(rescale):
     x = overflowing_keys(rescale)
     natural = Channels(torch.arange(64)[None])
-    policy = LayerPolicy(SidePolicy(natural, True, rescale), SidePolicy(natural, rescale=rescale))
-    layout = PageLayout(64, 2, key_mean=True)
+    policy = LayerPolicy(SidePolicy(natural, True, rescale), SidePolicy(Channels(), rescale=rescale))
+    layout, first = PageLayout(64, 2, key_mean=True), torch.tensor([False])
     assert x.isfinite().all()
-    assert codec.unpack(codec.pack(x, x, layout, policy), layout, policy, torch.float16)[0].isfinite().all()
+    assert codec.unpack(codec.pack(x, x, layout, policy, first), layout, policy, torch.float16)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("axis", AXES)

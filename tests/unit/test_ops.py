@@ -258,6 +258,38 @@ def test_store_writes_its_slots_and_nothing_else(device):
     assert torch.equal(e.pool, before), "with these rows poisoned again nothing has changed"
 
 
+def test_update_is_store_then_compress(device):
+    a, b = (engine(device, sinks=2, seed=13) for _ in range(2))
+    for step in ((300, 255), (212, 1), (0, 300)):
+        results = []
+        for e in (a, b):
+            seqs = getattr(e, "seqs", None) or [e.sequence(n) for n in (600, 600)]
+            e.seqs, work = seqs, list(zip(seqs, step, strict=True))
+            batch, k, v = e.batch(work), e.rows(work, "k"), e.rows(work, "v")
+            if e is a:
+                results.append(e.ops.update(k, v, batch, e.window, e.pages, e.layout, e.policy))
+            else:
+                e.ops.store(k, v, batch, e.window)
+                results.append(e.ops.compress(batch, e.window, e.pages, e.layout, e.policy))
+            for seq, n in work:
+                seq.computed += n
+        assert results[0] == results[1] and torch.equal(a.pool, b.pool)
+    assert [len(seq.pages) for seq in a.seqs] == [2, 3]
+
+
+@pytest.mark.parametrize("chunks", [[1100], [256] * 4, [255, 2, 254, 2, 511], [700, 400]], ids=str)
+def test_sink_rows_are_in_the_first_page_of_each_request_alone(chunks, device):
+    e = engine(device, sparse=(4, 4), sinks=2, seed=14)
+    seqs = [e.sequence(1100) for _ in range(2)]
+    for n in chunks:
+        e.step([(seq, n) for seq in seqs])
+    for seq in seqs:
+        pages = e.page_bytes(seq)
+        assert len(pages) == 4 and pages[:, :, 1].tolist() == [[1, 1]] + [[0, 0]] * 3
+        rows = pages[:, :, e.layout.sink_offset : e.layout.k_offset]
+        assert rows[0].any() and not rows[1:].any()
+
+
 def test_store_skips_padding_and_the_null_block(device):
     e = engine(device)
     seq = e.sequence(6)

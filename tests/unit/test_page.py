@@ -195,6 +195,19 @@ def test_index_word_of_tensors_equals_that_of_numbers():
         assert decoded.tolist() == mask.tolist()
 
 
+def test_the_sink_bit_is_that_of_first_pages_with_sink_rows():
+    for sinks, first in itertools.product((0, 1, 64), (False, True)):
+        layout = PageLayout(64, 2, 2, 1, sink_tokens=sinks)
+        word = layout.encode_index(0b1001, 0b0100, first)
+        assert word >> 8 == (1 if sinks and first else 0)
+        assert layout.has_sinks(word) == (sinks > 0 and first)
+        assert layout.decode_index(word) == (0b1001, 0b0100) and word & 255 == layout.encode_index(0b1001, 0b0100)
+    assert not PageLayout(64, 2, sink_tokens=1).has_sinks(0), "a page of zero bytes has no sink rows"
+    masks = torch.tensor([[3, 3], [5, 9]]), torch.tensor([[1, 2], [4, 8]])  # two pages of two heads
+    words = layout.encode_index(*masks, torch.tensor([[True], [False]]))
+    assert layout.has_sinks(words).tolist() == [[True, True], [False, False]]
+
+
 def test_sparse_sub_blocks_come_first_and_each_side_keeps_token_order():
     layout = PageLayout(64, 2, 2, 3)
     sparse, dense, start = 4608, 8192, 128
@@ -214,6 +227,15 @@ def test_orders_are_permutations(d, axis, side):
     ):
         assert order.dtype == np.int32
         assert np.array_equal(np.sort(order), np.arange(n))
+
+
+@pytest.mark.parametrize("d", HEAD_SIZES)
+def test_a_lane_reads_eight_of_every_32_channels_of_a_row(d):
+    order = PageLayout(d, 2).row_order
+    assert order.dtype == np.int32 and np.array_equal(np.sort(order), np.arange(d))
+    lanes = order.reshape(d // 32, 4, 8)
+    assert lanes[0].tolist() == [[c + 2 * t for c in (0, 1, 8, 9, 16, 17, 24, 25)] for t in range(4)]
+    assert np.array_equal(lanes, lanes[:1] + 32 * np.arange(d // 32)[:, None, None])
 
 
 @pytest.mark.parametrize("d, side, axis", list(itertools.product(HEAD_SIZES, "kv", ("channel", "token"))))

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hierasparse_vllm import page
@@ -27,7 +28,8 @@ def facts(tmp_path_factory):
 
 def test_constants(facts):
     assert facts["constants"] == [
-        page.LAYOUT_VERSION, page.PAGE_TOKENS, page.SUB_TOKENS, page.ALIGN, page.INDEX_BYTES, page.META_BYTES
+        page.LAYOUT_VERSION, page.PAGE_TOKENS, page.SUB_TOKENS, page.ALIGN, page.INDEX_BYTES, page.META_BYTES,
+        page.SINK_BIT,
     ]  # fmt: skip
 
 
@@ -41,11 +43,13 @@ def test_every_layout(facts):
         ]  # fmt: skip
         for mask in range(1 << SUBS):
             if mask.bit_count() == k:
-                word = layout.encode_index(mask, (1 << v) - 1)
-                want += [word, layout.decode_index(word)[0], *(layout.sub_offset("k", mask, s) for s in range(SUBS))]
+                word = layout.encode_index(mask, (1 << v) - 1, first=True)
+                want += [word, layout.decode_index(word)[0], layout.has_sinks(word)]
+                want += [layout.sub_offset("k", mask, s) for s in range(SUBS)]
             if mask.bit_count() == v:
-                word = layout.encode_index((1 << k) - 1, mask)
-                want += [word, layout.decode_index(word)[1], *(layout.sub_offset("v", mask, s) for s in range(SUBS))]
+                word = layout.encode_index((1 << k) - 1, mask, first=False)
+                want += [word, layout.decode_index(word)[1], layout.has_sinks(word)]
+                want += [layout.sub_offset("v", mask, s) for s in range(SUBS)]
         assert facts[f"layout {d} {size} {k} {v} {sinks} {mean}"] == want
     assert sum(name.startswith("layout") for name in facts) == len(cases)
 
@@ -56,5 +60,15 @@ def test_every_order(facts, d, kind):
     side = kind[0]
     layout = PageLayout(d, 2, value_axis="token" if kind == "v_token" else "channel")
     assert facts[f"kept {kind} {d}"] == layout.kept_order(side).tolist()
-    assert facts[f"dense {kind} {d}"] == layout.dense_order(side).tolist()
+    assert facts[f"dense {side} {d}"] == layout.dense_order(side).tolist()
     assert facts[f"nibbles {kind} {d}"] == layout.nibble_order(side).tolist()
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_rows_and_their_inverses(facts, d):
+    positions = facts[f"row positions {d}"]
+    assert positions == PageLayout(d, 2).row_order.tolist()
+    assert facts[f"row places {d}"] == np.argsort(positions).tolist()
+    tokens = PageLayout(d, 2, value_axis="token").kept_order("v")
+    channels = tokens[: 512 * (d // 16)].reshape(d // 16, 2, 32, 8)[:, 0, ::4, :4:2] // 2 % d  # of rows g and g + 8
+    assert facts[f"value rows {d}"] == np.argsort(channels.transpose(0, 2, 1).reshape(-1)).tolist()

@@ -216,6 +216,26 @@ def test_calibrated_takes_the_order_and_weights_it_is_given():
     assert torch.equal(got.order, order) and torch.equal(got.weight, weight)
 
 
+def test_v_has_no_channel_order():
+    """Pages hold V in the model's order; another one would be read wrongly."""
+    key = SidePolicy(Channels(orders(2, 64)))
+    for grouping in (Channels(), Channels(torch.arange(64).repeat(2, 1)), Tokens()):
+        LayerPolicy(key, SidePolicy(grouping))
+    with pytest.raises(ValueError, match="the model's"):
+        LayerPolicy(key, SidePolicy(Channels(orders(2, 64))))
+
+
+@pytest.mark.parametrize("mean, rescale", CORRECTIONS)
+def test_no_order_is_the_models_order(mean, rescale, device):
+    x, spelt = page(20, 2, device=device), torch.arange(64).expand(2, 64)
+    got, want = (
+        choose(x, SidePolicy(Channels(order), mean, rescale).to(device), 3) for order in (None, spelt.contiguous())
+    )
+    for a, b in zip(got, want, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert torch.equal(from_groups(got.groups, Channels(), 64), x)
+
+
 def test_policies_move_with_their_tables_to_a_device(device):
     policy = LayerPolicy(
         SidePolicy(Channels(orders(2, 64), torch.ones(2, 64)), True, True), SidePolicy(Tokens(), rescale=True)
@@ -320,7 +340,7 @@ def test_sub_blocks_of_random_pages_follow_the_rule(axis, weighted, mean, rescal
     rule = side(orders(heads, d), torch.rand(heads, d) if weighted else None, axis, mean=mean, rescale=rescale)
     got = choose(x.to(device), rule.to(device), sparse).sparse.cpu()
     for n, h in itertools.product(range(3), range(heads)):
-        _, keep, score, _ = naive.stored(x[n, h].float().numpy(), naive_side(rule, h), "float16")
+        _, keep, score, _ = naive.stored(x[n, h].float().numpy(), naive_side(rule, h, d), "float16")
         assert got[n, h].nonzero().flatten().tolist() == naive.sparse_subs(score, keep, sparse)
 
 

@@ -81,10 +81,10 @@ def test_a_sample_keeps_mean_squares_whole_pages_and_later_queries():
     assert [q.shape for q in got.queries] == [(2, 3 * calibrate.QUERIES, D)] * 2
 
 
-def test_divergence_is_that_of_the_attention_over_the_sampled_pages():
+def test_divergence_is_that_of_the_attention_over_the_sampled_pages(device):
     got, _ = sample(texts=1)
     keys = Spread().channels(2, D)
-    found = calibrate.divergence(got, keys)
+    found = calibrate.divergence(got, keys, device)
     pages, queries = got.pages[0], got.queries[0]
     pruned = prune_side(pages, SidePolicy(keys, mean=True, rescale=True), SUBS)
     for h in range(2):
@@ -93,17 +93,17 @@ def test_divergence_is_that_of_the_attention_over_the_sampled_pages():
     assert (found > 1e-3).all()
 
 
-def test_tables_use_weights_where_queries_need_them():
+def test_tables_use_weights_where_queries_need_them(device):
     """Queries look at a quarter of the channels, which are no stronger in the keys: without weights half would go."""
     scale = torch.full((D,), 0.1)
     scale[::4] = 1.0
     got, _ = sample(scale=scale)
-    found = calibrate.layer_tables(got, seed=0)
+    found = calibrate.layer_tables(got, 0, device)
     assert found.after < 0.5 * found.before
     assert (found.powers > 0).all()
     assert all(sorted(row) == list(range(D)) for row in found.order.tolist())
     assert found.weight.shape == (2, D) and (found.weight[:, ::4] > found.weight[:, 1::4]).all()
-    chosen = calibrate.divergence(got, Channels(found.order, found.weight)).mean().item()
+    chosen = calibrate.divergence(got, Channels(found.order, found.weight), device).mean().item()
     assert chosen == pytest.approx(found.after, rel=1e-4)
 
 
@@ -149,7 +149,7 @@ def simulate(tiny):
 
 
 def policies(layers=3):
-    key, value = Spread().channels(1, D), Channels(torch.arange(D)[None])
+    key, value = Spread().channels(1, D), Channels()
     return [LayerPolicy(SidePolicy(key, mean=True), SidePolicy(value, rescale=True))] * layers
 
 
@@ -168,6 +168,17 @@ def test_a_layer_s_cost_is_the_divergence_of_a_whole_run_with_only_that_layer_pr
     assert (cost[:, :, 0] == 0).all() and (cost[:, :, 4] > 0).all() and (cost[:, :, 3] >= 0).all()
     one = budget.OneLayer(1, "v", policies()[1], 4, 1)
     assert cost[1, 1, 4].item() == pytest.approx(model.divergence(model.run(0, one)), rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_one_side_of_one_layer_is_pruned_and_the_prompt_s_first_tokens_are_exact(sinks):
+    k, v = torch.randn(2, 1, 700, D, generator=torch.Generator().manual_seed(1))
+    for side in "kv":
+        one = budget.OneLayer(2, side, policies()[2], 4, sinks)
+        assert all(torch.equal(a, b[:, :512]) for a, b in zip(one.below(1, k, v, 512), (k, v), strict=True))
+        for name, x, got in zip("kv", (k, v), one.below(2, k, v, 512), strict=True):
+            exact = (got == x[:, :512]).all(dim=(0, 2)).tolist()
+            assert exact == ([i < sinks for i in range(512)] if name == side else [True] * 512)
 
 
 def test_a_run_that_cannot_enter_in_the_middle_runs_from_the_start(tiny):

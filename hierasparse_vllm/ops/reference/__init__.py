@@ -19,7 +19,24 @@ class ReferenceOps:
 
     name = "reference"
 
+    def reserve(self, out: torch.Tensor) -> None:
+        """Nothing: the workspace is small (`SLAB_PAGES`)."""
+
+    def update(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: Batch,
+        window: torch.Tensor,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        policy: LayerPolicy,
+    ) -> int:
+        self.store(key, value, batch, window)
+        return self.compress(batch, window, pages, layout, policy)
+
     def store(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, window: torch.Tensor) -> None:
+        """Write the step's keys and values into the window cache."""
         rows, slots = batch.written
         block, offset, d = slots // batch.window_block, slots % batch.window_block, key.shape[-1]
         window[block, :, offset, :d] = key[rows].to(window.dtype)
@@ -28,10 +45,12 @@ class ReferenceOps:
     def compress(
         self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, policy: LayerPolicy
     ) -> int:
-        ids, blocks = batch.filled
+        """Choose and pack every page that this step fills; returns how many."""
+        ids, blocks, first = batch.filled
         for i in range(0, len(ids), SLAB_PAGES):
-            k, v = _gather(window, blocks[i : i + SLAB_PAGES]).split(layout.head_size, dim=-1)
-            pages[ids[i : i + SLAB_PAGES]] = codec.pack(k, v, layout, policy)
+            slab = slice(i, i + SLAB_PAGES)
+            k, v = _gather(window, blocks[slab]).split(layout.head_size, dim=-1)
+            pages[ids[slab]] = codec.pack(k, v, layout, policy, first[slab])
         return len(ids)
 
     def attend(

@@ -12,6 +12,7 @@ import torch
 from hierasparse_vllm.page import SUBS, PageLayout
 from hierasparse_vllm.policy import (
     BITS,
+    Channels,
     Choice,
     LayerPolicy,
     SidePolicy,
@@ -38,17 +39,16 @@ def choose_both(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: La
     return choose(k, policy.key, layout.sparse_k), choose(v, policy.value, layout.sparse_v)
 
 
-def prune(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy):
-    """K and V [n, H, 256, D] as a reader of the packed page sees them."""
-    sinks = layout.sink_tokens
-    return (
-        prune_side(k, policy.key, layout.sparse_k, sinks),
-        prune_side(v, policy.value, layout.sparse_v, sinks),
-    )
+def prune(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy, first: torch.Tensor):
+    """K and V [n, H, 256, D] as a reader of the packed page sees them; ``first`` as of `pack`."""
+    pruned = prune_side(k, policy.key, layout.sparse_k), prune_side(v, policy.value, layout.sparse_v)
+    for x, y in zip((k, v), pruned):
+        as_bits(y)[first, :, : layout.sink_tokens] = as_bits(x)[first, :, : layout.sink_tokens]
+    return pruned
 
 
-def prune_side(x: torch.Tensor, policy: SidePolicy, sparse: int, sink_tokens: int = 0) -> torch.Tensor:
-    """One side of `prune`: of whole pages ``x`` [n, H, 256, D] with ``sparse`` sparse sub-blocks.
+def prune_side(x: torch.Tensor, policy: SidePolicy, sparse: int) -> torch.Tensor:
+    """What 2:4 leaves of K or V: whole pages ``x`` [n, H, 256, D] with ``sparse`` sparse sub-blocks, no sink rows.
 
     Dropped values are zero, or the page's mean.
     """
@@ -56,13 +56,12 @@ def prune_side(x: torch.Tensor, policy: SidePolicy, sparse: int, sink_tokens: in
     stored = torch.zeros_like(as_bits(choice.groups)).scatter_(-1, kept_index(choice.codes), as_bits(choice.kept))
     groups = torch.where(choice.sparse[..., None, None], stored, as_bits(choice.groups)).view(x.dtype)
     y = from_groups(groups, policy.grouping, x.shape[-1])
-    if choice.mean is not None:
-        y = add_mean(y, choice.mean, choice.sparse)
-    as_bits(y)[:, :, :sink_tokens] = as_bits(x)[:, :, :sink_tokens]
-    return y
+    return y if choice.mean is None else add_mean(y, choice.mean, choice.sparse)
 
 
-def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy) -> torch.Tensor:
+def pack(
+    k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPolicy, first: torch.Tensor
+) -> torch.Tensor:
     """Choose and pack whole pages.
 
     Parameters
@@ -71,6 +70,8 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPoli
         Keys after rotary embedding, and values; the itemsize of their dtype is the layout's.
     layout : PageLayout
     policy : LayerPolicy
+    first : Tensor, bool [n]
+        Which of them are a request's first page: these alone have sink rows.
 
     Returns
     -------
@@ -78,9 +79,9 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPoli
     """
     n, h = k.shape[:2]
     if layout.dense_page:
-        return torch.stack(prune(k, v, layout, policy), dim=2).view(torch.uint8).reshape(n, h, layout.head_bytes)
+        return torch.stack(prune(k, v, layout, policy, first), dim=2).view(torch.uint8).reshape(n, h, layout.head_bytes)
     page = torch.zeros(n, h, layout.head_bytes, dtype=torch.uint8, device=k.device)
-    masks = []
+    masks, order = [], row_order(policy.key.grouping, layout)
     for side, x, choice, start, sparse in zip(
         "kv",
         (k, v),
@@ -95,11 +96,26 @@ def pack(k: torch.Tensor, v: torch.Tensor, layout: PageLayout, policy: LayerPoli
             page[:, :, middle:end] = _pack_dense(choice, layout, side).view(n, h, -1)
         masks.append((choice.sparse << torch.arange(SUBS, device=k.device)).sum(-1))
         if choice.mean is not None:
-            rows(page, layout.mean_offset, 1, layout)[:] = as_bits(choice.mean[:, :, None])
-        if layout.sink_tokens:
-            sinks(page, layout, side)[:] = as_bits(x[:, :, : layout.sink_tokens])
-    page[:, :, :4] = layout.encode_index(*masks).int()[..., None].view(torch.uint8)
+            rows(page, layout.mean_offset, 1, layout)[:] = _ordered(as_bits(choice.mean[:, :, None]), order)
+        exact = as_bits(x[first, :, : layout.sink_tokens])
+        sinks(page, layout, side)[first] = _ordered(exact, order) if side == "k" else exact
+    page[:, :, :4] = layout.encode_index(*masks, first[:, None]).int()[..., None].view(torch.uint8)
     return page
+
+
+def row_order(keys: Channels, layout: PageLayout) -> torch.Tensor:
+    """Channel of the value at each place of the mean or of a sink row of K, int64 [H, D]."""
+    return keys.order[:, _index(layout.row_order, keys.order.device)]
+
+
+def _ordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """``x`` [n, H, rows, D] with its channels in ``order`` [H, D]."""
+    return x.gather(3, order[None, :, None].expand(x.shape))
+
+
+def natural(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """``x`` [n, H, rows, D], whose channels are in ``order`` [H, D], with them in the model's order."""
+    return torch.empty_like(x).scatter_(3, order[None, :, None].expand(x.shape), x)
 
 
 def rows(pages: torch.Tensor, at: int, rows: int, layout: PageLayout) -> torch.Tensor:
@@ -160,7 +176,7 @@ def unpack(
     if layout.dense_page:
         both = pages.contiguous().view(dtype).view(n, h, 2, -1, layout.head_size)
         return both[:, :, 0], both[:, :, 1]
-    out = []
+    out, order = [], row_order(policy.key.grouping, layout)
     for side, sparse, start, grouping in (
         ("k", layout.sparse_k, layout.k_offset, policy.key.grouping),
         ("v", layout.sparse_v, layout.v_offset, policy.value.grouping),
@@ -176,17 +192,28 @@ def unpack(
             groups[~chosen] = _unpack_dense(stored, layout, side)
         x = from_groups(groups, grouping, layout.head_size).view(dtype)
         if side == "k" and layout.key_mean and sparse:
-            x = add_mean(x, rows(pages, layout.mean_offset, 1, layout).squeeze(2).contiguous().view(dtype), chosen)
-        if layout.sink_tokens:
-            as_bits(x)[:, :, : layout.sink_tokens] = sinks(pages, layout, side)
+            x = add_mean(x, natural(rows(pages, layout.mean_offset, 1, layout), order).squeeze(2).view(dtype), chosen)
+        exact = sinks(pages, layout, side)
+        exact = natural(exact, order) if side == "k" else exact
+        sunk = has_sinks(pages, layout)
+        as_bits(x)[:, :, : layout.sink_tokens][sunk] = exact[sunk]
         out.append(x)
     return out[0], out[1]
 
 
 def sparse_subs(pages: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
     """Which sub-blocks of ``side`` are sparse in packed pages [n, H, head_bytes]: bool [n, H, SUBS]."""
-    mask = layout.decode_index(pages[:, :, :4].contiguous().view(torch.int32).squeeze(-1))[side == "v"]
+    mask = layout.decode_index(_index_word(pages))[side == "v"]
     return (mask[..., None] >> torch.arange(SUBS, device=pages.device) & 1).bool()
+
+
+def has_sinks(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """In which of packed pages [n, H, head_bytes] the first tokens are read from the sink rows: bool [n, H]."""
+    return layout.has_sinks(_index_word(pages))
+
+
+def _index_word(pages: torch.Tensor) -> torch.Tensor:
+    return pages[:, :, :4].contiguous().view(torch.int32).squeeze(-1)
 
 
 def _unpack_sparse(rows: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:

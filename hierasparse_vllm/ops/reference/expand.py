@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numba
 import numpy as np
 import torch
 
 from hierasparse_vllm.ops.reference import codec
-from hierasparse_vllm.page import META_BYTES, PAGE_TOKENS, SUB_TOKENS, SUBS, PageLayout
+from hierasparse_vllm.page import META_BYTES, PAGE_TOKENS, SINK_BIT, SUB_TOKENS, SUBS, PageLayout
 from hierasparse_vllm.policy import BITS, Channels, LayerPolicy, Tokens
 
 _buffers: dict[str, torch.Tensor] = {}
@@ -58,46 +58,47 @@ def _unpack_side(
         (layout.k_offset, layout.sparse_k, 0) if side == "k" else (layout.v_offset, layout.sparse_v, SUBS)
     )
     tokens = grouping.axis == "token"
-    order = torch.arange(d).expand(h, d) if tokens else grouping.order
+    order, row_order = _orders(grouping, layout, side, h)
     sink = layout.sink_offset + (side == "v") * layout.sink_bytes
     mean = side == "k" and layout.key_mean and sparse > 0
+    values, words = pages.view(BITS[vb]).numpy(), pages.view(torch.uint32).numpy()
     x = _buffer(side, h * len(ids) * PAGE_TOKENS * d, BITS[vb]).view(h, -1, d)
     _expand(
-        pages.view(BITS[vb]).numpy(),
-        pages.view(torch.uint32).numpy(),
+        values,
+        words,
         pages.view(torch.float32).numpy(),
         ids.numpy(),
-        order.numpy().astype(np.uint32),
+        order,
+        row_order,
         *_places(layout, side),
         tokens,
         (sparse, shift, start // vb, layout.sparse_bytes // vb, layout.dense_bytes // vb),
         (start + layout.sparse_value_bytes) // META_BYTES,
         layout.sparse_bytes // META_BYTES,
         layout.mean_offset // 4 if mean and dtype == torch.float32 else -1,
-        (layout.sink_tokens, sink // vb),
         x.numpy(),
         x.view(torch.float32).numpy(),
     )
-    x = x.view(dtype)
     if mean and dtype != torch.float32:
-        _add_mean(x, pages[ids.long(), :, : layout.k_offset], layout)
-    return x
+        _add_mean(x.view(dtype), pages[ids.long(), :, : layout.k_offset], layout, codec.row_order(grouping, layout))
+    if layout.sink_tokens:  # last: they have no part in the mean
+        _read_sinks(values, words, ids.numpy(), row_order, layout.sink_tokens, sink // vb, x.numpy())
+    return x.view(dtype)
 
 
-def _add_mean(x: torch.Tensor, heads: torch.Tensor, layout: PageLayout) -> None:
+def _add_mean(x: torch.Tensor, heads: torch.Tensor, layout: PageLayout, order: torch.Tensor) -> None:
     """Add the mean to 16-bit keys ``x`` [H, n * 256, D], from the beginnings ``heads`` [n, H, bytes] of their pages.
 
     Numba has no arithmetic in these dtypes; in float32 `_expand` has added it already, while the rows are in the cache.
+    ``order`` is `codec.row_order`.
     """
     subs = x.view(len(x), len(heads), SUBS, SUB_TOKENS, layout.head_size).transpose(0, 1)
-    add = codec.rows(heads, layout.mean_offset, 1, layout).view(x.dtype)[:, :, None]
+    add = codec.natural(codec.rows(heads, layout.mean_offset, 1, layout), order).view(x.dtype)[:, :, None]
     if layout.sparse_k == SUBS:
         subs += add
     else:
         chosen = codec.sparse_subs(heads, layout, "k")
         subs[chosen] += add.expand(-1, -1, SUBS, -1, -1)[chosen]
-    if layout.sink_tokens:  # they hold keys as they are
-        subs.view(BITS[layout.value_bytes])[:, :, 0, : layout.sink_tokens] = codec.sinks(heads, layout, "k")
 
 
 def _buffer(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -106,6 +107,15 @@ def _buffer(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
     if held is None or held.dtype != dtype or len(held) < size:
         held = _buffers[name] = torch.empty(size, dtype=dtype)
     return held[:size]
+
+
+@cache
+def _orders(grouping: Channels | Tokens, layout: PageLayout, side: str, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Channels in the order of sub-blocks and of the mean and sink rows, uint32 [H, D] each; made once per layer."""
+    if side == "v":
+        model = np.tile(np.arange(layout.head_size, dtype=np.uint32), (heads, 1))
+        return model, model
+    return tuple(x.numpy().astype(np.uint32) for x in (grouping.order, codec.row_order(grouping, layout)))
 
 
 @lru_cache
@@ -134,13 +144,16 @@ def _places(layout: PageLayout, side: str) -> tuple[np.ndarray, np.uint32, np.nd
 # costs two atomic counts: together a factor of four.
 @numba.njit(nogil=True, cache=True, parallel=True)
 def _expand(
-    values, words, floats, ids, order, group_at, step, dense_at, tokens, shape, meta, meta_step, mean, sink, out, sums
-):
+    values, words, floats, ids, order, row_order, group_at, step, dense_at, tokens, shape, meta, meta_step, mean, out,
+    sums,
+):  # fmt: skip
     sparse, shift, start, sparse_step, dense_step = shape
-    sink_tokens, sink_start = sink
     heads, _, d = out.shape
     for i in numba.prange(len(ids)):
+        added = np.empty(d, np.float32)
         for h in range(heads):
+            if mean >= 0:
+                _natural(floats[ids[i], h, mean : mean + d], row_order[h], added)
             page, info = values[ids[i], h], words[ids[i], h]
             mask = ((info[0] >> shift) & 15) ^ ((1 << sparse) - 1)
             rank = 0
@@ -157,16 +170,30 @@ def _expand(
                     else:
                         _spread_channels(pairs, nibbles, group_at, step, order[h], rows)
                     if mean >= 0:
-                        _add(sums[h, first : first + SUB_TOKENS], floats[ids[i], h, mean : mean + d])
+                        _add(sums[h, first : first + SUB_TOKENS], added)
                 else:
                     at = start + sparse * sparse_step + (sub - rank) * dense_step
                     dense = page[at : at + dense_step]
                     for t in range(SUB_TOKENS):
                         for c in range(d):
-                            rows[t, np.uint32(c) if tokens else order[h, c]] = dense[dense_at[t * d + c]]
-            for t in range(sink_tokens):
-                for c in range(d):
-                    out[h, i * PAGE_TOKENS + t, c] = page[sink_start + t * d + c]
+                            rows[t, order[h, c]] = dense[dense_at[t * d + c]]
+
+
+@numba.njit(nogil=True, cache=True)
+def _read_sinks(values, words, ids, row_order, sink_tokens, start, out):
+    heads, _, d = out.shape
+    for i in range(len(ids)):
+        for h in range(heads):
+            if words[ids[i], h, 0] & SINK_BIT:
+                for t in range(sink_tokens):
+                    at = start + t * d
+                    _natural(values[ids[i], h, at : at + d], row_order[h], out[h, i * PAGE_TOKENS + t])
+
+
+@numba.njit(nogil=True, cache=True)
+def _natural(stored, order, row):
+    for c in range(stored.shape[0]):
+        row[order[c]] = stored[c]
 
 
 @numba.njit(nogil=True, cache=True)
