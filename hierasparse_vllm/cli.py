@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 
+from hierasparse_vllm.bench import command as bench
 from hierasparse_vllm.quality import command, tables_command
 
 
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("schema", help="print the JSON schema of the options").set_defaults(run=schema)
     tables_command.add_parsers(commands)
     command.add_parser(commands)
+    bench.add_parser(commands)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     try:
@@ -62,6 +64,29 @@ def doctor(args: argparse.Namespace) -> int:
         load_general_plugins()
         backend = AttentionBackendEnum.CUSTOM.get_class()
         print(f"{'backend':18} {backend.__module__}.{backend.__name__}")
+    if importlib.util.find_spec("torch") is not None:
+        _doctor_kernels()
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _doctor_kernels() -> None:
+    """Print which kernels attention will run on; without CUDA kernels it is slow, but that is no problem to fix."""
+    import torch
+
+    from hierasparse_vllm import compat, extension
+
+    print(f"{'vLLM tested':18} {compat.VLLM_CUDA} (CUDA), {compat.VLLM_CPU} (CPU)")
+    module = extension.load()
+    print(f"{'CUDA kernels':18} {'-' if module is None else 'for sm_' + ' sm_'.join(module.cuda_archs)}")
+    if module is None:
+        print(f"note: {extension.problem()} Until then the slower PyTorch ops run.")
+    if not torch.cuda.is_available():
+        print(f"{'GPU':18} -")
+        return
+    capability = torch.cuda.get_device_capability()
+    print(f"{'GPU':18} {torch.cuda.get_device_name()}, sm_{capability[0]}{capability[1]}, CUDA {torch.version.cuda}")
+    if module is not None and not extension.runs_on(capability):
+        print(f"note: the CUDA kernels were not compiled for this GPU: {extension.INSTALL}, on this machine "
+              "with HIERASPARSE_CUDA_ARCHS=native. Until then the slower PyTorch ops run.")  # fmt: skip

@@ -31,6 +31,7 @@ LOG = CACHE / "setup.log"
 STAMP = VENV / "hierasparse-stamp.json"
 LOCK = ROOT / "tools" / "requirements-cpu.lock"
 DEV = ROOT / "tools" / "requirements-dev.txt"
+CSRC = ROOT / "csrc"
 COMPAT = ROOT / "hierasparse_vllm" / "compat.py"
 MINIMUM = (3, 11)
 
@@ -167,7 +168,7 @@ def install_packages(kind: str, version: str) -> None:
     pip(label, "--no-deps", "-r", str(LOCK), "-r", str(DEV), str(shim))
 
 
-def pip(label: str, *arguments: str) -> None:
+def pip(label: str, *arguments: str, env: dict[str, str] | None = None) -> None:
     """Run `pip install` of the environment behind a status line.
 
     Parameters
@@ -176,11 +177,13 @@ def pip(label: str, *arguments: str) -> None:
         What the status line says.
     *arguments : str
         Arguments of ``pip install``.
+    env : dict of str, optional
+        Its environment; this process's if None.
     """
     # No bytecode: compiling all of the 21,000 modules takes longer than fetching them; see `try_imports`.
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--no-compile"]
     options = ["--disable-pip-version-check", "--no-input", "--progress-bar=off"]
-    progress.run_logged(label, [*command, *options, *arguments], LOG, cwd=ROOT)
+    progress.run_logged(label, [*command, *options, *arguments], LOG, cwd=ROOT, env=env)
 
 
 def try_imports() -> None:
@@ -204,7 +207,10 @@ def setup(kind: str) -> None:
     plugin = constant(ROOT / "hierasparse_vllm" / "__init__.py", "__version__")
     # The folder and the Python are part of it: scripts in an environment hold absolute paths.
     packages = digest(kind, version, str(ROOT), sys.version, LOCK, DEV)
-    project = digest(plugin, ROOT / "pyproject.toml", ROOT / "setup.py")
+    build = [ROOT / "pyproject.toml", ROOT / "setup.py"]
+    if kind == "cuda":  # changed kernels are compiled; on a CPU none are
+        build += [ROOT / "tools" / "cuda_build.py", *(path for path in sorted(CSRC.rglob("*")) if path.is_file())]
+    project = digest(plugin, *build)
     wanted = {"kind": kind, "vllm": version, "packages": packages, "project": project}
     have = read_stamp()
     if have == wanted:
@@ -217,7 +223,9 @@ def setup(kind: str) -> None:
         # Written at once, so that a broken checkout does not cost another installation of everything.
         STAMP.write_text(json.dumps(wanted | {"project": ""}), encoding="utf-8")
     # Without build isolation: the environment has setuptools, and nothing is fetched for the build.
-    pip(f"installing hierasparse-vllm {plugin} (editable)", "--no-deps", "--no-build-isolation", "-e", ".")
+    with_kernels = {"HIERASPARSE_BUILD": "auto", "HIERASPARSE_CUDA_ARCHS": "native"}
+    env = (with_kernels if kind == "cuda" else {"HIERASPARSE_BUILD": "0"}) | os.environ
+    pip(f"installing hierasparse-vllm {plugin} (editable)", "--no-deps", "--no-build-isolation", "-e", ".", env=env)
     STAMP.write_text(json.dumps(wanted), encoding="utf-8")
 
 

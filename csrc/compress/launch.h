@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace hierasparse {
+
+// Writes the step's rows of key and value into the window, and every page that the step fills; one launch, whose grid
+// depends on the numbers of requests, rows and SMs alone.
+// Throws std::runtime_error with a sentence for what it cannot do.
+void launch_store_compress(const StoreCompressParams& params, cudaStream_t stream);
+
+}  // namespace hierasparse

@@ -1,0 +1,8 @@
+#include "../kernel.cuh"
+
+namespace hierasparse::decode {
+
+template cudaError_t run<__nv_bfloat16, 128, false, 1>(const DecodeParams&, int, cudaStream_t);
+template cudaError_t run<__nv_bfloat16, 128, false, 2>(const DecodeParams&, int, cudaStream_t);
+
+}  // namespace hierasparse::decode

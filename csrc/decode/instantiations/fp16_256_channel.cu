@@ -1,0 +1,7 @@
+#include "../kernel.cuh"
+
+namespace hierasparse::decode {
+
+template cudaError_t run<__half, 256, false, 1>(const DecodeParams&, int, cudaStream_t);
+
+}  // namespace hierasparse::decode

@@ -1,0 +1,99 @@
+// Chooses the instantiation; the kernels themselves are compiled in instantiations/.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace hierasparse {
+namespace decode {
+
+template <typename T, int kD, bool kTokens, int kTiles>
+cudaError_t run(const DecodeParams& p, int stages, cudaStream_t stream);
+
+namespace {
+
+struct Device {
+  int sms, shared_per_sm;
+};
+
+Device device() {
+  int id = 0;
+  Device d{};
+  if (cudaGetDevice(&id) != cudaSuccess ||
+      cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, id) != cudaSuccess ||
+      cudaDeviceGetAttribute(&d.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id) != cudaSuccess) {
+    throw std::runtime_error("HieraSparse: the CUDA device cannot be asked for its properties.");
+  }
+  return d;
+}
+
+// Deeper rings only make the queues at the memory longer, and with them every other load of the kernel (H200: 3 stages
+// 161 us, 5 stages 181 us for 8 x 32 768 tokens).  One CTA per SM needs four.
+int ring_stages(int shared_per_sm) { return shared_per_sm >= 160 << 10 ? 3 : 4; }
+int ctas_per_sm(int shared_per_sm) { return shared_per_sm >= 160 << 10 ? 2 : 1; }
+
+template <typename T, int kD, bool kTokens>
+cudaError_t with_tiles(const DecodeParams& p, int stages, cudaStream_t stream) {
+  if constexpr (decode_columns(kD, 16, 1) > 8) {
+    if (decode_columns(kD, p.heads / p.cache.kv_heads, p.max_query_len) > 8)
+      return run<T, kD, kTokens, 2>(p, stages, stream);
+  }
+  return run<T, kD, kTokens, 1>(p, stages, stream);
+}
+
+template <typename T, int kD>
+cudaError_t with_axis(const DecodeParams& p, int stages, cudaStream_t stream) {
+  return p.cache.value_axis_token ? with_tiles<T, kD, true>(p, stages, stream)
+                                  : with_tiles<T, kD, false>(p, stages, stream);
+}
+
+template <typename T>
+cudaError_t with_dtype(const DecodeParams& p, int stages, cudaStream_t stream) {
+  switch (p.cache.layout.head_size) {
+    case 64:
+      return with_axis<T, 64>(p, stages, stream);
+    case 128:
+      return with_axis<T, 128>(p, stages, stream);
+    case 256:
+      return with_axis<T, 256>(p, stages, stream);
+    default:
+      throw std::runtime_error("HieraSparse: decode has kernels for head sizes 64, 128 and 256, not for " +
+                               std::to_string(p.cache.layout.head_size) + ".");
+  }
+}
+
+}  // namespace
+}  // namespace decode
+
+int decode_ctas() {
+  const decode::Device d = decode::device();
+  return d.sms * decode::ctas_per_sm(d.shared_per_sm);
+}
+
+void launch_decode(const DecodeParams& params, cudaStream_t stream) {
+  DecodeParams p = params;
+  p.head_bytes = p.cache.layout.head_bytes();
+  p.scale_log2 = p.scale * 1.44269504088896341f;
+  if (p.heads % p.cache.kv_heads != 0) {
+    throw std::runtime_error("HieraSparse: " + std::to_string(p.heads) + " query heads are not a multiple of " +
+                             std::to_string(p.cache.kv_heads) + " KV heads.");
+  }
+  if (p.max_query_len < 1 || p.max_query_len > kMaxQueryLen) {
+    throw std::runtime_error("HieraSparse: decode takes 1 to " + std::to_string(kMaxQueryLen) +
+                             " queries per request, not " + std::to_string(p.max_query_len) + ".");
+  }
+  if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
+  if (p.batch.requests == 0) return;
+  const int stages = decode::ring_stages(decode::device().shared_per_sm);
+  const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? decode::with_dtype<__half>(p, stages, stream)
+                                                             : decode::with_dtype<__nv_bfloat16>(p, stages, stream);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("HieraSparse: the decode kernel was not launched: ") +
+                             cudaGetErrorString(error));
+  }
+}
+
+}  // namespace hierasparse

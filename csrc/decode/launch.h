@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace hierasparse {
+
+// CTAs that fill the current device; the `ctas` of DecodeParams.
+int decode_ctas();
+
+// Attention of every request with 1 to max_query_len queries over its pages and window; writes their rows of `out`.
+// Throws std::runtime_error with a sentence for what it cannot do.
+void launch_decode(const DecodeParams& params, cudaStream_t stream);
+
+}  // namespace hierasparse

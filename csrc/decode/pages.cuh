@@ -1,0 +1,189 @@
+// Products of a warp's columns with one sub-block of a page.
+#pragma once
+
+#include "stream.cuh"
+
+namespace hierasparse::decode {
+
+// Queries as operand B, 16 bytes per lane and 32 channels: two k16 steps, or one k32 step of a 2:4 product.
+template <int kD>
+__device__ __forceinline__ uint4 query_fragment(uint32_t queries, int n, int step) {
+  return load_shared16(queries + ((n * (kD / 32) + step) * 32 + threadIdx.x % 32) * 16);
+}
+
+// q . mean in every row: the mean as a matrix of equal rows.
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void add_mean(float (&s)[4][kTiles][4], uint32_t mean, uint32_t queries) {
+  float dot[kTiles][4] = {};
+#pragma unroll
+  for (int step = 0; step < kD / 32; ++step) {
+    const uint4 a = load_shared16(mean + (4 * step + threadIdx.x % 4) * 16);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint4 q = query_fragment<kD>(queries, n, step);
+      mma<T>(dot[n], a.x, a.x, a.y, a.y, q.x, q.y);
+      mma<T>(dot[n], a.z, a.z, a.w, a.w, q.z, q.w);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][n][e] += dot[n][e];
+    }
+  }
+}
+
+// S^T of a sub-block: 4 row tiles of 16 tokens.
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<kD>& stream, const DecodeParams& p,
+                                              int stages, bool sparse, uint32_t queries) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][n][e] = 0.f;
+    }
+  }
+  if (sparse) {
+    constexpr int kRowTiles = 256 / kD, kSteps = kD / 32, kPairs = kD / 64;
+#pragma unroll
+    for (int part = 0; part < kD / 64; ++part) {
+      const uint32_t at = stream.front(stages);
+      const uint4 words = load_shared16(at + kChunkValues + lane * 16);
+      const uint32_t meta[4] = {words.x, words.y, words.z, words.w};
+      if (part == 0 && p.cache.layout.key_mean) add_mean<T, kD, kTiles>(s, at + kChunkValues + kChunkMeta, queries);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t b[kTiles][4];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const uint4 q = query_fragment<kD>(queries, n, step);
+          b[n][0] = q.x, b[n][1] = q.y, b[n][2] = q.z, b[n][3] = q.w;
+        }
+#pragma unroll
+        for (int row = 0; row < kRowTiles; ++row) {
+          const uint4 a = load_shared16(at + (row * kSteps + step) * kFragment + lane * 16);
+          const uint32_t m = meta[row * kPairs + step / 2];
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            if (step % 2 == 0) {
+              mma_sp<T, 0>(s[part * kRowTiles + row][n], a, b[n], m);
+            } else {
+              mma_sp<T, 1>(s[part * kRowTiles + row][n], a, b[n], m);
+            }
+          }
+        }
+      }
+      stream.pop(p, stages);
+    }
+  } else {
+    constexpr int kSteps = kD / 16;  // of k16; a chunk has 8 fragments, row tile by row tile
+#pragma unroll
+    for (int part = 0; part < kD / 32; ++part) {
+      const uint32_t at = stream.front(stages);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int m = (8 * part + i) / kSteps, step = (8 * part + i) % kSteps;
+        const uint4 a = load_shared16(at + i * kFragment + lane * 16);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const uint4 q = query_fragment<kD>(queries, n, step / 2);
+          mma<T>(s[m][n], a.x, a.y, a.z, a.w, step % 2 ? q.z : q.x, step % 2 ? q.w : q.y);
+        }
+      }
+      stream.pop(p, stages);
+    }
+  }
+}
+
+// Bytes of `a` (selectors 0-3) and `b` (4-7) picked by four nibbles; 8 added to a selector gives the byte's sign, eight
+// times.
+template <int kSelect>
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(kSelect));
+  return v;
+}
+
+// 2:4 along channels, expanded: plane j of register i holds a value where that is its channel of the four, else 0.
+// Nibble 2 i + h of `word` tells the places i0 | i1 << 2 of half h of register i of `first` and `second`.
+__device__ __forceinline__ void expand_channels(const uint4& first, const uint4& second, uint32_t word,
+                                                uint32_t (&plane)[4][4]) {
+  // Conditions as the sign bits of bytes: byte i of `low` for half 0 of register i, of `high` for half 1.
+  const uint32_t l0 = word << 7, l1 = word << 6, l2 = word << 5, l3 = word << 4;
+  const uint32_t h0 = word << 3, h1 = word << 2, h2 = word << 1, h3 = word;
+  const uint32_t v0[4] = {first.x, first.y, first.z, first.w}, v1[4] = {second.x, second.y, second.z, second.w};
+  auto fill = [&](auto index) {
+    constexpr int i = decltype(index)::value;
+    constexpr int kHalves = (12 + i) << 12 | (12 + i) << 8 | (8 + i) << 4 | (8 + i);
+    plane[0][i] = v0[i] & permute<kHalves>(~(l0 | l1), ~(h0 | h1));
+    plane[1][i] = (v0[i] & permute<kHalves>(l0, h0)) | (v1[i] & permute<kHalves>(l2 & ~l3, h2 & ~h3));
+    plane[2][i] = (v0[i] & permute<kHalves>(l1, h1)) | (v1[i] & permute<kHalves>(l3 & ~l2, h3 & ~h2));
+    plane[3][i] = v1[i] & permute<kHalves>(l2 & l3, h2 & h3);
+  };
+  fill(std::integral_constant<int, 0>{});
+  fill(std::integral_constant<int, 1>{});
+  fill(std::integral_constant<int, 2>{});
+  fill(std::integral_constant<int, 3>{});
+}
+
+// O^T += V^T P^T of a sub-block.
+template <typename T, int kD, bool kTokens, int kTiles>
+__device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, Stream<kD>& stream,
+                                                const DecodeParams& params, int stages, bool sparse,
+                                                const uint32_t (&p)[kTiles][4][2]) {
+  const int lane = threadIdx.x % 32;
+  if (sparse) {
+#pragma unroll
+    for (int c = 0; c < kD / 64; ++c) {
+      const uint32_t at = stream.front(stages);
+      const uint4 words = load_shared16(at + kChunkValues + lane * 16);
+      const uint32_t meta[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // along tokens: plane i; along channels: 16 tokens i
+        const uint4 a0 = load_shared16(at + (2 * i) * kFragment + lane * 16);
+        const uint4 a1 = load_shared16(at + (2 * i + 1) * kFragment + lane * 16);
+        if constexpr (kTokens) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            const uint32_t b0[4] = {p[n][0][0], p[n][0][1], p[n][1][0], p[n][1][1]};
+            const uint32_t b1[4] = {p[n][2][0], p[n][2][1], p[n][3][0], p[n][3][1]};
+            mma_sp<T, 0>(state.o[4 * c + i][n], a0, b0, meta[i]);
+            mma_sp<T, 1>(state.o[4 * c + i][n], a1, b1, meta[i]);
+          }
+        } else {
+          uint32_t plane[4][4];
+          expand_channels(a0, a1, meta[i], plane);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+              mma<T>(state.o[4 * c + j][n], plane[j][0], plane[j][1], plane[j][2], plane[j][3], p[n][i][0], p[n][i][1]);
+            }
+          }
+        }
+      }
+      stream.pop(params, stages);
+    }
+  } else {
+#pragma unroll
+    for (int part = 0; part < kD / 32; ++part) {
+      const uint32_t at = stream.front(stages);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = part / 2, step = 2 * (part % 2) + i / 4, j = i % 4;
+        const uint4 a = load_shared16(at + i * kFragment + lane * 16);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          mma<T>(state.o[4 * c + j][n], a.x, a.y, a.z, a.w, p[n][step][0], p[n][step][1]);
+      }
+      stream.pop(params, stages);
+    }
+  }
+}
+
+}  // namespace hierasparse::decode

@@ -1,0 +1,137 @@
+// Attention over 16 plain rows of K and V: a piece of the dense window, or sink rows of a page.
+#pragma once
+
+#include "pages.cuh"
+
+namespace hierasparse::decode {
+
+// What a CTA's columns are; in shared memory.
+struct Columns {
+  int row[16];       // of the batch; -1: no such column
+  int head[16];      // query head
+  int position[16];  // of the query; -1
+  int border[16];    // pages are read below it, the window from it on
+};
+
+// S^T += K q^T of 16 rows: `piece(step, row)` gives the 16 bytes of row g or g + 8 that lane 4 g + t has of 32
+// channels.
+template <typename T, int kD, int kTiles, typename Piece>
+__device__ __forceinline__ void multiply_rows(float (&s)[1][kTiles][4], int first, int steps, uint32_t queries,
+                                              Piece piece) {
+#pragma unroll
+  for (int step = 0; step < steps; ++step) {
+    const uint4 top = piece(step, 0), bottom = piece(step, 8);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const uint4 q = query_fragment<kD>(queries, n, first + step);
+      mma<T>(s[0][n], top.x, bottom.x, top.y, bottom.y, q.x, q.y);
+      mma<T>(s[0][n], top.z, bottom.z, top.w, bottom.w, q.z, q.w);
+    }
+  }
+}
+
+// Rows outside low .. high are hidden from a column.
+template <int kTiles, typename Limits>
+__device__ __forceinline__ void hide(float (&s)[1][kTiles][4], Limits limits) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int2 seen = limits(8 * n + 2 * t + e % 2);
+      const int row = g + 8 * (e / 2);
+      if (row < seen.x || row > seen.y) s[0][n][e] = -INFINITY;
+    }
+  }
+}
+
+// O^T += V^T P^T of 16 rows and 64 channels c: `piece(half, row)` gives 8 bytes, channels 64 c + 32 half + 4 g .. + 3.
+template <typename T, int kD, int kTiles, typename Piece>
+__device__ __forceinline__ void multiply_row_values(State<kD, kTiles>& state, int c, const uint32_t (&p)[kTiles][1][2],
+                                                    Piece piece) {
+  const int t = threadIdx.x % 4;
+  uint2 v[2][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[half][i] = piece(half, 2 * t + 8 * (i / 2) + i % 2);
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    constexpr int kLow = 0x5410, kHigh = 0x7632;  // halves of two neighbouring tokens side by side
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint2 even = v[i % 2][2 * (i / 2)], odd = v[i % 2][2 * (i / 2) + 1];
+      const uint32_t x0 = j < 2 ? even.x : even.y, x1 = j < 2 ? odd.x : odd.y;
+      a[i] = j % 2 ? permute<kHigh>(x0, x1) : permute<kLow>(x0, x1);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) mma<T>(state.o[4 * c + j][n], a[0], a[1], a[2], a[3], p[n][0][0], p[n][0][1]);
+  }
+}
+
+// The warp's pieces of a lane's window.
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, kTiles>& state, Stream<kD>& stream,
+                                              int low, const Columns& columns, uint32_t queries, int stages) {
+  using R = Rows<kD>;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int piece = stream.first_piece(); piece < stream.end_piece(); piece += kWarps) {
+    float s[1][kTiles][4] = {};
+#pragma unroll
+    for (int part = 0; part < R::kParts; ++part) {
+      const uint32_t at = stream.front(stages);
+      multiply_rows<T, kD, kTiles>(s, part * (R::kChannels / 32), R::kChannels / 32, queries, [&](int step, int row) {
+        return load_shared16(at + R::key_piece(g + row, 4 * step + t) * 16);
+      });
+      stream.pop(p, stages);
+    }
+    const int start = low + piece * kPiece;
+    hide<kTiles>(
+        s, [&](int column) { return make_int2(columns.border[column] - start, columns.position[column] - start); });
+    uint32_t probability[kTiles][1][2];
+    softmax<T, 1>(p, state, s, probability);
+#pragma unroll
+    for (int part = 0; part < R::kParts; ++part) {
+      const uint32_t at = stream.front(stages);
+#pragma unroll
+      for (int c = 0; c < R::kChannels / 64; ++c) {
+        multiply_row_values<T, kD, kTiles>(state, part * (R::kChannels / 64) + c, probability, [&](int half, int row) {
+          return load_shared8(at + R::value_piece(row, 8 * c + 4 * half + g / 2) * 16 + g % 2 * 8);
+        });
+      }
+      stream.pop(p, stages);
+    }
+  }
+}
+
+// Sink rows of a request's first page, straight from global memory: there are few, and few pages have them.
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void attend_sinks(const DecodeParams& p, State<kD, kTiles>& state, const uint8_t* page,
+                                             const Columns& columns, uint32_t queries) {
+  const PageLayout& layout = p.cache.layout;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int first = 0; first < layout.sink_tokens; first += 16) {
+    const int rows = layout.sink_tokens - first;
+    const uint8_t* k = page + layout.sink_k_offset() + first * (2 * kD);
+    const uint8_t* v = page + layout.sink_v_offset() + first * (2 * kD);
+    float s[1][kTiles][4] = {};
+    multiply_rows<T, kD, kTiles>(s, 0, kD / 32, queries, [&](int step, int row) {
+      const uint8_t* from = k + (g + row) * (2 * kD) + (32 * step + 8 * t) * 2;
+      return g + row < rows ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+    });
+    hide<kTiles>(s, [&](int column) { return make_int2(0, columns.border[column] > 0 ? rows - 1 : -1); });
+    uint32_t probability[kTiles][1][2];
+    softmax<T, 1>(p, state, s, probability);
+#pragma unroll
+    for (int c = 0; c < kD / 64; ++c) {
+      multiply_row_values<T, kD, kTiles>(state, c, probability, [&](int half, int row) {
+        const uint8_t* from = v + row * (2 * kD) + (64 * c + 32 * half + 4 * g) * 2;
+        return row < rows ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+      });
+    }
+  }
+}
+
+}  // namespace hierasparse::decode

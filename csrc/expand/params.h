@@ -1,0 +1,43 @@
+// Arguments of the two kernels around a prefill with FlashAttention: pages to dense rows, and the merge of partial results.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace hierasparse {
+
+// Pages to dense rows of a workspace: value c of head h of token t of the i-th page of `pages` goes to
+// k (v) + i * page_stride + t * token_stride + h * head_stride + 2 * c, all strides in bytes.
+struct ExpandParams {
+  Cache cache;           // only `pages`, `page_stride`, `kv_heads`, `value_axis_token`, `layout` and `dtype` are read
+  const int32_t* pages;  // [count] page ids
+  int count;
+  void* k;
+  void* v;
+  int64_t page_stride;
+  int64_t token_stride;
+  int64_t head_stride;
+  const int32_t* k_order;  // [kv_heads, head_size], the channel at each place of the channel order
+};
+
+// Attention over two disjoint sets of keys: out and out_lse, which hold the one, get the other merged into them.
+struct MergeParams {
+  void* out;        // rows of [heads, head_size]
+  float* out_lse;   // [heads, out_lse_stride], natural logarithms; -inf: nothing there yet, `out` is not read
+  const void* part;       // rows of the same shape
+  const float* part_lse;  // [heads, part_lse_stride]; -inf: nothing to merge
+  int64_t out_stride;     // bytes from a row to the next
+  int64_t part_stride;
+  int64_t out_lse_stride;  // entries from a head to the next
+  int64_t part_lse_stride;
+  const int32_t* rows;  // [count], the row of `out` for each row of `part`, negative: skip it; null: the same row
+  int count;
+  int heads;
+  int head_size;
+  int out_float;   // `out` is float32, not `dtype`
+  int part_float;  // the same for `part`
+  Dtype dtype;
+};
+
+}  // namespace hierasparse

@@ -1,0 +1,1 @@
+"""Benchmarks that belong to the package, so that `hierasparse bench` runs wherever it is installed."""

@@ -1,0 +1,101 @@
+// csrc/compress for the host, as a library for compress_host.py: its arithmetic, and the kernel itself on the CPU.
+#include "cuda_on_cpu.h"
+
+#include <cstdlib>
+
+#include "../../csrc/compress/kernel.cuh"
+
+namespace hierasparse::compress {
+alignas(1024) uint8_t memory[256 << 10];  // the shared memory of the block that runs
+}
+
+using namespace hierasparse;
+using namespace hierasparse::compress;
+
+namespace {
+
+template <class S>
+void run(const StoreCompressParams& p, int blocks) {
+  static_assert(sizeof(Shared<S>) <= sizeof memory);
+  for (size_t i = 0; i < sizeof memory; ++i) memory[i] = 0xff;
+  emulation::launch(blocks, S::kThreads, [&] { store_compress_kernel<S>(p); });
+}
+
+template <typename T>
+void with_dtype(const StoreCompressParams& p, int blocks, int tile) {
+  switch (p.cache.layout.head_size) {
+    case 64: return run<Shape<T, 64, 256>>(p, blocks);
+    case 128: return run<Shape<T, 128, 256>>(p, blocks);
+    default: return tile == 256 ? run<Shape<T, 256, 256>>(p, blocks) : run<Shape<T, 256, 64>>(p, blocks);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void store_compress(const StoreCompressParams* p, int blocks, int tile) {
+  const auto run = p->cache.dtype == Dtype::kFloat16 ? with_dtype<__half> : with_dtype<__nv_bfloat16>;
+  run(*p, blocks, tile);
+}
+
+int params_bytes() { return sizeof(StoreCompressParams); }
+int shared_bytes(int head_size, int tile) {
+  using T = __half;
+  return head_size == 64    ? sizeof(Shared<Shape<T, 64, 256>>)
+         : head_size == 128 ? sizeof(Shared<Shape<T, 128, 256>>)
+         : tile == 256      ? sizeof(Shared<Shape<T, 256, 256>>)
+                            : sizeof(Shared<Shape<T, 256, 64>>);
+}
+
+// ---- arithmetic, number by number
+void choose_codes(const float* scores, int n, uint8_t* codes, float* kept, float* dropped) {
+  for (int i = 0; i < n; ++i) {
+    const float s[4] = {scores[4 * i], scores[4 * i + 1], scores[4 * i + 2], scores[4 * i + 3]};
+    const Chosen c = choose(s);
+    codes[i] = static_cast<uint8_t>(c.code);
+    for (int e = 0; e < 2; ++e) kept[2 * i + e] = c.kept[e], dropped[2 * i + e] = c.dropped[e];
+  }
+}
+void score_all(const float* values, const float* weights, int n, float* out) {
+  for (int i = 0; i < n; ++i) out[i] = score(values[i], weights[i]);
+}
+void loss_all(const float* dropped, float top, int n, uint32_t* out) {
+  const LossUnit unit = loss_unit(top);
+  for (int i = 0; i < n; ++i) out[i] = loss(dropped[i], unit);
+}
+uint32_t choose_sparse(const uint32_t* losses, int sparse) {
+  const uint32_t all[kSubs] = {losses[0], losses[1], losses[2], losses[3]};
+  return sparse_mask(all, sparse);
+}
+// Tokens of `groups` groups of four scores: 16, 32 or 64.
+void norm_factors(const float* scores, int n, int groups, float* out) {
+  for (int i = 0; i < n; ++i) {
+    float whole[64], kept[64];
+    for (int j = 0; j < groups; ++j) {
+      const float* x = scores + (i * groups + j) * 4;
+      const float s[4] = {x[0], x[1], x[2], x[3]};
+      whole[j] = sum_of_squares(s), kept[j] = kept_squares(choose(s));
+    }
+    auto sum = [&](const float* x) {
+      return groups == 16 ? tree_sum<16>(x) : groups == 32 ? tree_sum<32>(x) : tree_sum<64>(x);
+    };
+    out[i] = norm_factor(sum(whole), sum(kept));
+  }
+}
+void sum_factors(const float* values, const float* kept, int n, float* out) {
+  for (int i = 0; i < n; ++i) {
+    const float v[4] = {values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]};
+    out[i] = sum_factor(v, kept[2 * i], kept[2 * i + 1]);
+  }
+}
+void correct_all(const float* values, const float* factors, const float* means, int n, int has_mean, int half,
+                 float* out) {
+  const Room room = half ? Shape<__half, 64, 256>::room(has_mean) : Shape<__nv_bfloat16, 64, 256>::room(has_mean);
+  for (int i = 0; i < n; ++i) out[i] = corrected(values[i], factors[i], means[i], room);
+}
+void means_of(const float* tokens, int channels, float* out) {  // [channels, 256]
+  for (int c = 0; c < channels; ++c) out[c] = mean_of_sum(tree_sum<256>(tokens + 256 * c));
+}
+
+}  // extern "C"

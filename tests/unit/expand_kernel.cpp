@@ -1,0 +1,119 @@
+// Runs the expand kernel of csrc/expand on a CPU: a thread of the machine for each thread of a CTA.
+// expand_kernel FOLDER D H SPARSE_K SPARSE_V SINKS MEAN TOKEN_AXIS BFLOAT16 BLOCKS COUNT
+// reads FOLDER/pool, ids and order, and writes FOLDER/k and v.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <barrier>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+// ---- what CUDA gives a kernel
+static thread_local uint3 this_thread;
+static thread_local dim3 this_block;
+#define threadIdx this_thread
+#define blockIdx this_block
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(threads)
+#undef __global__
+#define __global__
+
+constexpr int kCta = 128;
+static std::barrier<> cta(kCta);
+static std::unique_ptr<std::barrier<>> warps[kCta / 32];
+static uint32_t exchanged[kCta];
+
+static void __syncthreads() { cta.arrive_and_wait(); }
+static uint32_t __shfl_sync(unsigned, uint32_t value, int source) {
+  const unsigned warp = threadIdx.x / 32;
+  exchanged[threadIdx.x] = value;
+  warps[warp]->arrive_and_wait();
+  const uint32_t got = exchanged[32 * warp + source];
+  warps[warp]->arrive_and_wait();
+  return got;
+}
+template <typename T>
+static T __ldcs(const T* from) {
+  return *from;
+}
+static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selectors) {
+  const uint64_t both = uint64_t{high} << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> 8 * (selectors >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+static float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+#include "../../csrc/expand/kernel.cuh"
+
+using namespace hierasparse;
+
+static std::vector<char> read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+static void write(const std::string& path, const std::vector<char>& bytes) {
+  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+}
+
+template <typename T>
+static void run(const ExpandParams& p) {
+  switch (p.cache.layout.head_size) {
+    case 64: return expand::expand_pages<T, 64>(p);
+    case 128: return expand::expand_pages<T, 128>(p);
+    default: return expand::expand_pages<T, 256>(p);
+  }
+}
+
+int main(int, char** args) {
+  const std::string folder = std::string(args[1]) + "/";
+  int n[11];
+  for (int i = 2; i < 12; ++i) n[i - 2] = std::atoi(args[i]);
+  const int d = n[0], heads = n[1], count = n[9];
+  const PageLayout layout{d, 2, n[2], n[3], n[4], n[5] != 0};
+  std::vector<char> pool = read(folder + "pool"), ids = read(folder + "ids"), order = read(folder + "order");
+  std::vector<char> k(size_t{2} * count * kPageTokens * heads * d), v(k.size());
+  ExpandParams p{};
+  p.cache.pages = reinterpret_cast<uint8_t*>(pool.data());
+  p.cache.page_stride = static_cast<int64_t>(pool.size() / n[8]);
+  p.cache.kv_heads = heads;
+  p.cache.value_axis_token = n[6];
+  p.cache.layout = layout;
+  p.pages = reinterpret_cast<const int32_t*>(ids.data());
+  p.count = count;
+  p.k = k.data();
+  p.v = v.data();
+  p.head_stride = 2 * d;
+  p.token_stride = p.head_stride * heads;
+  p.page_stride = p.token_stride * kPageTokens;
+  p.k_order = reinterpret_cast<const int32_t*>(order.data());
+  for (auto& warp : warps) warp = std::make_unique<std::barrier<>>(32);
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < kCta; ++t) {
+    threads.emplace_back([&, t] {
+      threadIdx.x = t;
+      for (int block = 0; block < count * heads * expand::kParts; ++block) {
+        blockIdx.x = block;
+        __syncthreads();  // the last block's shared memory is no longer read
+        n[7] ? run<__nv_bfloat16>(p) : run<__half>(p);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  write(folder + "k", k);
+  write(folder + "v", v);
+}
