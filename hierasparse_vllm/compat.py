@@ -7,7 +7,7 @@ cheap and free of CUDA.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -149,6 +149,40 @@ def micro_batching(vllm_config) -> bool:
 
 
 # ---- runtime -------------------------------------------------------------------------------------------------------
+def current_device() -> torch.device:
+    """The device on which this process builds its model."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return torch.device(current_platform.device_type)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def flash_attention(head_size: int):
+    """vLLM's ``flash_attn_varlen_func`` in the version that suits this GPU and head size.
+
+    Raises
+    ------
+    ImportError
+        If this vLLM has none for this GPU.
+    """
+    from vllm.v1.attention.backends import fa_utils
+
+    try:
+        version = fa_utils.get_flash_attn_version(head_size=head_size)
+    except AssertionError:  # how vLLM says that a version which it chose is not there
+        version = None
+    if version is None or not hasattr(fa_utils, "flash_attn_varlen_func"):
+        raise ImportError("this vLLM has no FlashAttention for this GPU")
+    return partial(fa_utils.flash_attn_varlen_func, fa_version=version)
+
+
+def longest_decode(vllm_config) -> int:
+    """Queries of a request in a decode step: its new token and the draft tokens of speculative decoding."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
+
+
 def page_bytes_view(kv_cache: torch.Tensor) -> torch.Tensor:
     """The bound page cache, [blocks, H, 1, bytes / itemsize] in every version, as uint8 [blocks, H, bytes]."""
     return kv_cache.squeeze(2).view(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,9 +60,13 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         )
         self.options = Options.from_additional_config(self.vllm_config.additional_config)
         self.settings = settings.Settings(self.options, self.vllm_config.model_config.dtype)
-        settings.set_current(self.settings)
         self.layout = self.settings.layout(head_size)
+        self.device = compat.current_device()
+        chosen = ops.select(self.device, self.settings.dtype, self.layout, num_heads // self.num_kv_heads)
+        self.settings = replace(self.settings, ops=chosen)
+        settings.set_current(self.settings)
         self.window: WindowCache | None = None
+        self.report: Report | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Make the window's cache layer; vLLM calls this before it collects cache specs, and again on a reload."""
@@ -73,6 +78,15 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.has_budget = self.options.layer_budget and "budget" in tables
         self.layout = layer_layout(self.options, self.layout, tables)
         self.policy = layer_policy(self.options, self.layout, tables, self.num_kv_heads)
+        # Here, before vLLM measures the memory that is left for the cache.
+        self.ops = ops.make(
+            self.settings.ops,
+            self.device,
+            self.layout,
+            self.num_kv_heads,
+            self.settings.dtype,
+            self.options.prefill_workspace_mib,
+        )
         self.window = WindowCache(
             f"{self.name}.{SUFFIX}",
             self.vllm_config,
@@ -86,18 +100,16 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
     def _on_bind(self, window: torch.Tensor) -> None:
         if not window.numel():  # vLLM takes the cache away when it shuts down
             return
-        self.ops = ops.select(window.device)
         self.policy = self.policy.to(window.device)
         windows = [
             layer
             for layer in self.vllm_config.compilation_config.static_forward_context.values()
             if isinstance(layer, WindowCache)
         ]
-        self.report = None
         if windows[0] is self.window and self.vllm_config.parallel_config.rank == 0:  # one layer speaks for the engine
-            self.report = Report(self.vllm_config, self.options)
+            self.report = Report(self.vllm_config, self.options, getattr(self.ops, "count", None))
             self.report.engine(
-                self.ops.name,
+                self.settings.ops,
                 window,
                 self.layout,
                 self.num_kv_heads,
@@ -132,15 +144,15 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             Written and returned; rows beyond the batch's are padding.
         """
         if attn_metadata is None:
+            self.ops.reserve(output)
             return output.zero_()
         window = self.window.kv_cache
         pages = compat.page_bytes_view(kv_cache)
         batch = attn_metadata.batch(get_forward_context().attn_metadata[self.window.prefix])
-        self.ops.store(key, value, batch, window)
         # Every full page, of every request, before any request reads: its hash is already public, and another request
         # of this very step may hit it.
-        compressed = self.ops.compress(batch, window, pages, self.layout, self.policy)
-        if self.report is not None:
+        compressed = self.ops.update(key, value, batch, window, pages, self.layout, self.policy)
+        if self.report is not None and compressed is not None:
             self.report.compressed(compressed)
         out = output.view(-1, self.num_heads, self.head_size)
         self.ops.attend(query, batch, window, pages, self.layout, self.policy, self.scale, out)

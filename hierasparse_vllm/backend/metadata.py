@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
@@ -14,9 +13,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from hierasparse_vllm import compat
 from hierasparse_vllm.backend import settings
 from hierasparse_vllm.backend.checks import refuse
-from hierasparse_vllm.ops.batch import Batch, ReadRule
+from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
 from hierasparse_vllm.page import PAGE_TOKENS
 
 
@@ -34,7 +34,9 @@ class PageMetadata(AttentionMetadata):
     """A step as the page group sees it; `batch` joins it with the window's."""
 
     query_start: torch.Tensor
+    query_start_device: torch.Tensor
     seq_lens: torch.Tensor
+    host_lens: torch.Tensor | None
     block_table: torch.Tensor
     rule: ReadRule
     _batch: Batch | None = field(default=None, repr=False)
@@ -50,13 +52,25 @@ class PageMetadata(AttentionMetadata):
                 slots=window.slot_mapping,
                 rule=self.rule,
                 window_block=window.block_size,
+                query_start_device=self.query_start_device,
+                host_lens=self.host_lens,
             )
         return self._batch
 
 
 class _Builder(AttentionMetadataBuilder):
-    # The reference ops read lengths on the host, so no step of theirs can be captured.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Decode steps can be captured with the CUDA ops: what metadata then holds of lengths and tables are vLLM's
+        persistent tensors, and the kernels decide on the device.  Not prefill, which is planned on the host.
+
+        The reference ops read lengths on the host, so no step of theirs can be captured.
+        """
+        if settings.current().ops.name != "cuda":
+            return AttentionCGSupport.NEVER
+        if compat.longest_decode(vllm_config) > LONGEST_DECODE:  # verifying so many drafts is a prefill to us
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH
 
 
 class PageBuilder(_Builder):
@@ -72,6 +86,10 @@ class PageBuilder(_Builder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         spec = kv_cache_spec
         self.rule = settings.current().rule
+        # Decodes first, so that a step's prefills lie side by side.
+        self.reorder_batch_threshold = LONGEST_DECODE if settings.current().ops.name == "cuda" else None
+        self._report = None
+        self._host_lens_hold = vllm_config is None or compat.longest_decode(vllm_config) <= LONGEST_DECODE
         want = settings.current().layout(spec.head_size).page_bytes(spec.num_kv_heads)
         if not isinstance(spec, FullAttentionSpec) or spec.block_size != PAGE_TOKENS:
             refuse(
@@ -91,7 +109,26 @@ class PageBuilder(_Builder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
         m = common_attn_metadata
-        return PageMetadata(m.query_start_loc_cpu, m.seq_lens, m.block_table_tensor, self.rule)
+        self._poll_report()
+        return PageMetadata(
+            query_start=m.query_start_loc_cpu,
+            query_start_device=m.query_start_loc,
+            seq_lens=m.seq_lens,
+            # Exact for prefills; with asynchronous scheduling not for the verification of draft tokens, which are a
+            # prefill to the CUDA ops if there are many.
+            host_lens=getattr(m, "seq_lens_cpu_upper_bound", None) if self._host_lens_hold else None,
+            block_table=m.block_table_tensor,
+            rule=self.rule,
+        )
+
+    def _poll_report(self) -> None:
+        """Let the report look at the device's count: once per step, also when a graph replaces the layers' code."""
+        if self._report is None:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            reports = (getattr(layers[name].impl, "report", None) for name in self.layer_names)
+            self._report = next(filter(None, reports), None)
+        if self._report is not None:
+            self._report.poll()
 
 
 class WindowBuilder(_Builder):

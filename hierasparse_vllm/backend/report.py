@@ -8,6 +8,7 @@ import torch
 from vllm.logger import init_logger
 
 from hierasparse_vllm import __version__, compat
+from hierasparse_vllm.ops import Selection
 from hierasparse_vllm.ops.batch import ReadRule
 from hierasparse_vllm.options import Options
 from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
@@ -32,15 +33,27 @@ def blocks_in_decode(tokens: int, window_tokens: int, window_block: int) -> int:
 
 
 class Report:
-    """Log lines of one engine; only the first layer has one."""
+    """Log lines of one engine; only the first layer has one.
 
-    def __init__(self, vllm_config, options: Options):
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+    options : Options
+    count : Tensor or None, int64 [1]
+        Where the device counts compressed pages, for ops that do not tell (`poll`).
+    """
+
+    def __init__(self, vllm_config, options: Options, count: torch.Tensor | None = None):
         self.config, self.options = vllm_config, options
         self.total, self.pending, self.last = 0, 0, -float("inf")
+        self._count, self._looked = count, -float("inf")
+        self._copied: torch.cuda.Event | None = None
+        if count is not None:
+            self._host_count = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=count.is_cuda)
 
     def engine(
         self,
-        ops: str,
+        ops: Selection,
         window: torch.Tensor,
         layout: PageLayout,
         kv_heads: int,
@@ -55,10 +68,12 @@ class Report:
             "HieraSparse: backend CUSTOM (hierasparse_vllm %s) with ops %s on %s: policy %s%s, K sparsity %g, V "
             "sparsity %g along %s%s%s, local window %d tokens, %d sink tokens, storage %s; %s bytes per page of %d "
             "tokens and layer, %.1f %% of dense (%s)",
-            __version__, ops, device, o.key_policy, ", page mean" * layout.key_mean,
+            __version__, ops.name, device, o.key_policy, ", page mean" * layout.key_mean,
             o.key_sparsity, o.value_sparsity, o.value_axis, ", rescaled" * o.rescale, ", split layer by layer" * split,
             o.local_window, o.sink_tokens, o.storage, f"{page:,}", PAGE_TOKENS, 100 * page / dense, f"{dense:,}",
         )  # fmt: skip
+        if ops.reason and device != "cpu":  # there is nothing else for a CPU
+            logger.warning("HieraSparse: the reference ops run, which are slow on a GPU: %s", ops.reason)
         dense_block = DENSE_BLOCK.get(device, 16)
         fits = []
         for n in sorted({*LENGTHS, self.config.model_config.max_model_len}):
@@ -81,6 +96,24 @@ class Report:
         """Count the pages of a step and log the total now and then."""
         self.pending += pages
         self.total += pages
-        if self.pending and time.monotonic() - self.last >= self.options.log_interval:
+        if self.pending and self._due(self.last):
             logger.info("HieraSparse: %s pages compressed since start", f"{self.total:,}")
             self.pending, self.last = 0, time.monotonic()
+
+    def poll(self) -> None:
+        """Called once per step: log the device's count now and then, without ever waiting for the device."""
+        if self._count is None:
+            return
+        if self._copied is not None:
+            if not self._copied.query():
+                return
+            self._copied = None
+            self.compressed(int(self._host_count) - self.total)
+        if self._due(max(self.last, self._looked)):
+            self._looked = time.monotonic()
+            self._host_count.copy_(self._count, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def _due(self, last: float) -> bool:
+        return time.monotonic() - last >= self.options.log_interval

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hierasparse_vllm.ops import Selection
 from hierasparse_vllm.ops.batch import ReadRule
 from hierasparse_vllm.options import Options
 from hierasparse_vllm.page import PageLayout
@@ -17,10 +18,11 @@ from hierasparse_vllm.page import PageLayout
 
 @dataclass(frozen=True)
 class Settings:
-    """Options with the dtype in which the cache keeps values."""
+    """Options, the dtype in which the cache keeps values, and the ops that run."""
 
     options: Options
     dtype: torch.dtype
+    ops: Selection = Selection("reference")
 
     def layout(self, head_size: int) -> PageLayout:
         """Page layout of a layer; a layer's budget changes its split between K and V, but no size."""

@@ -1,17 +1,26 @@
 """The operations behind the backend, in one interface with several implementations.
 
-``reference`` is PyTorch (with Numba where the CPU needs it) and runs anywhere: it is the specification.
+``reference`` is PyTorch (with Numba where the CPU needs it) and runs anywhere: it is the specification.  ``cuda`` is
+the extension ``hierasparse_vllm._C``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from typing import NamedTuple, Protocol
 
 import torch
 
+from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import Batch
 from hierasparse_vllm.page import PageLayout
 from hierasparse_vllm.policy import LayerPolicy
+
+VARIABLE = "HIERASPARSE_OPS"
+"""Environment variable that overrides the choice."""
+NAMES = ("cuda", "reference")
+LARGEST_GROUP = 16
+"""Query heads per KV head that the decode kernel takes."""
 
 
 class Ops(Protocol):
@@ -23,13 +32,23 @@ class Ops(Protocol):
 
     name: str
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, window: torch.Tensor) -> None:
-        """Write the step's keys and values into the window cache."""
+    def reserve(self, out: torch.Tensor) -> None:
+        """Allocate, and free again, what a step needs for outputs ``out``: vLLM is measuring memory."""
 
-    def compress(
-        self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, policy: LayerPolicy
-    ) -> int:
-        """Choose and pack every page that this step fills; returns how many (before any request attends)."""
+    def update(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: Batch,
+        window: torch.Tensor,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        policy: LayerPolicy,
+    ) -> int | None:
+        """Write the step's keys and values into the window cache, then choose and pack every page that it fills.
+
+        Returns how many pages these were, or None if only the device knows (`CudaOps.count`).
+        """
 
     def attend(
         self,
@@ -45,8 +64,74 @@ class Ops(Protocol):
         """Causal attention of each request's queries over its pages and window, by the batch's read rule."""
 
 
-def select(device: torch.device) -> Ops:
-    """The best implementation for ``device``."""
+class Selection(NamedTuple):
+    """Which ops run, and why, if they are not the fastest."""
+
+    name: str
+    reason: str | None = None
+
+
+def select(device: torch.device, dtype: torch.dtype, layout: PageLayout, group: int) -> Selection:
+    """Choose the ops of an engine; cheap, nothing is allocated.
+
+    Parameters
+    ----------
+    device : torch.device
+    dtype : torch.dtype
+        Of the model.
+    layout : PageLayout
+    group : int
+        Query heads per KV head.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable HIERASPARSE_OPS asks for ops that cannot run here.
+    """
+    wish = os.environ.get(VARIABLE) or None
+    if wish not in (None, *NAMES):
+        raise ValueError(f"HieraSparse: {VARIABLE} is {wish!r}; allowed are {', '.join(NAMES)}.")
+    if wish == "reference":
+        return Selection("reference", f"{VARIABLE}=reference")
+    reason = _against_cuda(device, dtype, layout, group)
+    if reason is None:
+        return Selection("cuda")
+    if wish == "cuda":
+        raise ValueError(f"HieraSparse: {VARIABLE} is 'cuda', but {reason}.")
+    return Selection("reference", reason)
+
+
+def _against_cuda(device: torch.device, dtype: torch.dtype, layout: PageLayout, group: int) -> str | None:
+    """Why the CUDA ops cannot run, in half a sentence."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA ops have no {str(dtype).removeprefix('torch.')}"
+    if layout.dense_page:
+        return "the CUDA ops have no storage dense_page"
+    if group > LARGEST_GROUP:
+        return f"the CUDA ops take at most {LARGEST_GROUP} query heads per KV head, this model has {group}"
+    if extension.load() is None:
+        problem = extension.problem().rstrip(".")
+        return problem[0].lower() + problem[1:]
+    capability = torch.cuda.get_device_capability(device)
+    if not extension.runs_on(capability):
+        return f"the CUDA extension has no code for compute capability {'.'.join(map(str, capability))}"
+    try:
+        compat.flash_attention(layout.head_size)
+    except ImportError as error:
+        return f"prefill needs FlashAttention ({error})"
+    return None
+
+
+def make(
+    selection: Selection, device: torch.device, layout: PageLayout, kv_heads: int, dtype: torch.dtype, prefill_mib: int
+) -> Ops:
+    """The ops of one layer; the CUDA ops allocate the memory that all layers share."""
+    if selection.name == "cuda":
+        from hierasparse_vllm.ops.cuda import CudaOps
+
+        return CudaOps(device, layout, kv_heads, dtype, prefill_mib)
     from hierasparse_vllm.ops.reference import ReferenceOps
 
     return ReferenceOps()

@@ -100,8 +100,8 @@ class Found(NamedTuple):
     after: float
 
 
-def layer_tables(sample: LayerSample, seed: int) -> Found:
-    """Order and weights of one layer's keys."""
+def layer_tables(sample: LayerSample, seed: int, device: torch.device) -> Found:
+    """Order and weights of one layer's keys; attention over them is computed on ``device``."""
     from hierasparse_vllm.quality import order
 
     pages = torch.cat(sample.pages)
@@ -116,7 +116,7 @@ def layer_tables(sample: LayerSample, seed: int) -> Found:
         squares = (some * weight[:, None]).square().transpose(1, 2).contiguous().numpy()
         found = order.searched(squares, order.dealt(squares.mean(axis=2)), seed)
         k_order = torch.from_numpy(found)
-        now = divergence(sample, Channels(k_order, weight)), k_order, weight, torch.full((heads,), power)
+        now = divergence(sample, Channels(k_order, weight), device), k_order, weight, torch.full((heads,), power)
         # Head by head, the power whose pruning disturbs attention least.
         if best is None:
             best = now
@@ -124,20 +124,21 @@ def layer_tables(sample: LayerSample, seed: int) -> Found:
             less = now[0] < best[0]
             best = tuple(torch.where(less.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(now, best))
     loss, k_order, k_weight, powers = best
-    before = divergence(sample, Spread().channels(heads, d))
+    before = divergence(sample, Spread().channels(heads, d), device)
     return Found(k_order, k_weight, powers, before.mean().item(), loss.mean().item())
 
 
-def divergence(sample: LayerSample, keys: Channels) -> torch.Tensor:
+def divergence(sample: LayerSample, keys: Channels, device: torch.device) -> torch.Tensor:
     """KL divergence (nats) of attention over pruned keys from attention over the exact ones, mean over queries: [H]."""
     heads, d = sample.pages[0].shape[1], sample.pages[0].shape[3]
-    policy = SidePolicy(keys, mean=True, rescale=True)
-    total = torch.zeros(heads)
+    policy = SidePolicy(keys.to(device), mean=True, rescale=True)
+    total = torch.zeros(heads, device=device)
     for pages, queries in zip(sample.pages, sample.queries):
+        pages, queries = pages.to(device), queries.to(device)
         pruned = prune_side(pages, policy, SUBS)
         exact, got = (
             (queries @ x.transpose(0, 1).flatten(1, 2).transpose(1, 2) * d**-0.5).log_softmax(-1)
             for x in (pages, pruned)
         )
         total += (exact.exp() * (exact - got)).sum(-1).mean(-1)
-    return total / len(sample.pages)
+    return (total / len(sample.pages)).cpu()

@@ -1,11 +1,13 @@
-"""``hierasparse evaluate``: arguments, the run, and what is printed."""
+"""``hierasparse evaluate`` and ``hierasparse report``: arguments, the run, and what is printed."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,28 @@ def add_parser(commands: Any) -> None:
     add("model", metavar="MODEL", help="as for vllm serve")
     add("--tables", type=Path, metavar="FILE", help="calibration file for all arms of ours that take one")
     add("--arms", metavar="A,B", help="arms to compare; default: all. Dense always runs first")
-    add("--tasks", default=DEFAULT_TASKS, metavar="A,B", help=f"measures to take; default: {DEFAULT_TASKS}")
+    add("--tasks", default=DEFAULT_TASKS, metavar="A,B:N", help=f"measures, with N samples each; {DEFAULT_TASKS}")
     add("--text", nargs="+", metavar="FILE", help="text files for the loss; default: the four shipped excerpts")
     add("--length", type=int, default=8192, metavar="N", help="tokens of each text (8192)")
     add("--first", type=int, default=2048, metavar="N", help="first token whose prediction counts (2048)")
-    add("--trials", type=int, default=24, metavar="N", help="samples of each task (24)")
+    add("--trials", type=int, default=24, metavar="N", help="samples of tasks without a number of their own (24)")
     add("--passkey-length", type=int, default=6000, metavar="N", help="tokens of each task's prompt (6000)")
     add("--seed", type=int, default=0, metavar="N", help="of the tasks' samples (0)")
     add("--dtype", default="auto", help="as for vllm serve (auto)")
     add("--options", metavar="JSON", help='section hierasparse of one more arm, "custom"')
     add("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens of a prefill chunk (2048)")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="as for vllm serve (0.9)")
+    add("--jobs", type=int, default=1, metavar="N", help="arms that share the GPU at a time, once dense is done (1)")
+    add("--kv-cache-gib", type=float, metavar="X", help="KV cache of each engine; needed with --jobs")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for report, pictures and the arms' logs")
     add("--resume", action="store_true", help="keep finished arms of --out that would give the same again")
     add("--rows", type=Path, metavar="FILE", help="result file to which rows are written, by id")
 
-    parser = commands.add_parser("rows", help="write the rows of a report that `hierasparse evaluate` made elsewhere")
-    parser.set_defaults(run=run_rows)
+    parser = commands.add_parser("report", help="write a report and its pictures again, from its report.json")
+    parser.set_defaults(run=run_report)
     parser.add_argument("report", type=Path, metavar="REPORT.json")
-    parser.add_argument("rows", type=Path, metavar="FILE", help="result file to which rows are written, by id")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder; default: that of REPORT.json")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="result file to which rows are written, by id")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,17 +69,14 @@ def run(args: argparse.Namespace) -> int:
     from hierasparse_vllm.quality import texts as texts_module
     from hierasparse_vllm.quality.run import Plan
 
-    names = split(args.tasks)
-    for name in names:
-        if name not in (LOSS, *tasks_module.NAMES_OF_TASKS):
-            raise ValueError(f"unknown task {name!r}; allowed are {', '.join((LOSS, *tasks_module.NAMES_OF_TASKS))}")
-    if not names:
-        raise ValueError(f"--tasks is empty; allowed are {', '.join((LOSS, *tasks_module.NAMES_OF_TASKS))}")
+    names = trials(args.tasks, args.trials)
     if not 1 <= args.first < args.length:
         raise ValueError(f"--first is {args.first}; it must lie between 1 and --length ({args.length})")
-    for option in ("trials", "passkey_length", "max_num_batched_tokens"):
+    for option in ("trials", "passkey_length", "max_num_batched_tokens", "jobs"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
+    if args.jobs > 1 and args.kv_cache_gib is None:
+        raise ValueError(f"--jobs is {args.jobs}; it needs --kv-cache-gib, the KV cache that each engine may take")
     selected = arms_module.select(
         None if args.arms is None else split(args.arms), tables=args.tables, options=options(args.options)
     )
@@ -86,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
     samples = [
         sample
         for task in tasks
-        for sample in tasks_module.samples(task, tokenizer, args.passkey_length, args.trials, args.seed)
+        for sample in tasks_module.samples(task, tokenizer, args.passkey_length, names[task], args.seed)
     ]
     plan = Plan(args.model, args.dtype, args.first, ids, samples, args.max_num_batched_tokens,
-                args.gpu_memory_utilization, args.out / "work")  # fmt: skip
+                args.gpu_memory_utilization, args.kv_cache_gib, args.out / "work")  # fmt: skip
     if limit is not None and plan.max_model_len > limit:
         raise ValueError(
             f"the longest request has {plan.max_model_len} tokens and the model knows {limit} positions; "
@@ -102,13 +104,13 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "model_name": Path(args.model).name if Path(args.model).exists() else args.model,
         "dtype": args.dtype, "seed": args.seed, "length": args.length, "first": args.first, "tasks": tasks,
-        "trials": args.trials, "passkey_length": args.passkey_length,
+        "passkey_length": args.passkey_length,
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "texts": [{"name": name, "sha256": texts_module.sha256(text), "tokens": args.length} for name, text in texts],
         "tables": args.tables and f"{args.tables.name} ({texts_module.sha256_file(args.tables)[:12]})",
     }  # fmt: skip
     print(f"model {args.model}, seed of the samples {args.seed}, seed of the engines 0", flush=True)
-    outcomes = execute(plan, selected, meta, args.resume)
+    outcomes = execute(plan, selected, meta, args.resume, args.jobs)
     report = report_module.build(meta, selected, outcomes, samples, head_size)
     write(report, args.out)
     print("", *report_module.table(report), "", f"{args.out / 'report.md'}, report.json", sep="\n")
@@ -120,13 +122,18 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def run_rows(args: argparse.Namespace) -> int:
-    """Run ``hierasparse rows``; returns the exit status."""
+def run_report(args: argparse.Namespace) -> int:
+    """Run ``hierasparse report``; returns the exit status."""
     try:
-        report = json.loads(args.report.read_text())
+        report = json.loads(args.report.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"the report {str(args.report)!r} cannot be read: {error}") from error
-    write_rows(report, args.rows)
+    out = args.out or args.report.parent
+    out.mkdir(parents=True, exist_ok=True)
+    write(report, out)
+    print(f"{out / 'report.md'}, report.json")
+    if args.rows is not None:
+        write_rows(report, args.rows)
     return 0
 
 
@@ -140,8 +147,10 @@ def write_rows(report: dict[str, Any], path: Path) -> None:
     print(f"{len(found)} rows written to {path}")
 
 
-def execute(plan, arms, meta: dict[str, Any], resume: bool) -> dict[str, Any]:
+def execute(plan, arms, meta: dict[str, Any], resume: bool, jobs: int) -> dict[str, Any]:
     """Run the arms with a line of progress each; the dtype that the dense arm found goes to all others.
+
+    The first arm runs alone, since the others read what it leaves; of those ``jobs`` run at a time.
 
     Returns
     -------
@@ -157,36 +166,45 @@ def execute(plan, arms, meta: dict[str, Any], resume: bool) -> dict[str, Any]:
     from hierasparse_vllm.quality.run import execute as execute_arm
 
     outcomes: dict[str, Any] = {}
-    for i, arm in enumerate(arms):
-        print(f"[{i + 1}/{len(arms)}] {arm.name} ...", end=" ", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(execute_arm, plan, arms[0], meta["dtype"], resume)]
         try:
-            outcome, kept = execute_arm(plan, arm, meta["dtype"], resume)
-        except ArmError as error:
-            print(f"failed\n{error.tail}\n{error}", flush=True)
-            if i == 0:
-                raise ValueError(f"{error}; nothing can be compared without it") from error
-            outcomes[arm.name] = error
-            continue
-        if i == 0:
-            meta["dtype"] = outcome["info"]["dtype"]
-        outcomes[arm.name] = outcome
-        losses = [text["loss"] for text in outcome["texts"].values()]
-        said = [f"loss {sum(losses) / len(losses):.4f}"] if losses else []
-        said += ["kept from the earlier run" if kept else f"{sum(outcome['seconds'].values()):.0f} s"]
-        print(", ".join(said + outcome["problems"]), flush=True)
+            for i, arm in enumerate(arms):
+                print(f"[{i + 1}/{len(arms)}] {arm.name} ...", end=" ", flush=True)
+                try:
+                    outcome, kept = running[i].result()
+                except ArmError as error:
+                    print(f"failed\n{error.tail}\n{error}", flush=True)
+                    if i == 0:
+                        raise ValueError(f"{error}; nothing can be compared without it") from error
+                    outcomes[arm.name] = error
+                    continue
+                outcomes[arm.name] = outcome
+                losses = [text["loss"] for text in outcome["texts"].values()]
+                said = [f"loss {sum(losses) / len(losses):.4f}"] if losses else []
+                said += ["kept from the earlier run" if kept else f"{sum(outcome['seconds'].values()):.0f} s"]
+                print(", ".join(said + outcome["problems"]), flush=True)
+                if i == 0:
+                    meta["dtype"] = outcome["info"]["dtype"]
+                    running += [pool.submit(execute_arm, plan, a, meta["dtype"], resume) for a in arms[1:]]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt reaches the children by itself
+            raise
     return outcomes
 
 
 def write(report: dict[str, Any], out: Path) -> None:
-    """Write report.json, report.md and the pictures into ``out``."""
+    """Write report.json, report.md and, where matplotlib is installed, the pictures into ``out``."""
     from hierasparse_vllm.quality import figures
     from hierasparse_vllm.quality.report import markdown
 
-    pictures = []
+    pictures, can_draw = [], importlib.util.find_spec("matplotlib") is not None
     for name, draw in (("pareto.png", figures.pareto), ("needles.png", figures.needles)):
         (out / name).unlink(missing_ok=True)
-        if draw(report, out / name):
+        if can_draw and draw(report, out / name):
             pictures.append(name)
+    if not can_draw:
+        print("no pictures, since matplotlib is missing; `hierasparse report` draws them where it is installed")
     (out / "report.md").write_text(markdown(report, pictures), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -200,12 +218,36 @@ def needed() -> None:
     ValueError
         If one is.
     """
-    models.require("vllm", "transformers", "matplotlib", hint="pip install 'hierasparse-vllm[evaluate]', and vLLM")
+    models.require("vllm", "transformers", hint="pip install 'hierasparse-vllm[evaluate]', and vLLM")
 
 
 def split(names: str) -> list[str]:
     """Names between commas, each once."""
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def trials(text: str, default: int) -> dict[str, int]:
+    """Samples by task, from names between commas, each with ``:N`` behind it or not.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, a number that is none or not positive, and no task at all.
+    """
+    from hierasparse_vllm.quality.tasks import GRID, NAMES_OF_TASKS
+
+    allowed = f"allowed are {', '.join((LOSS, *NAMES_OF_TASKS))}"
+    out = {}
+    for item in split(text):
+        name, colon, number = item.partition(":")
+        if name not in (LOSS, *NAMES_OF_TASKS):
+            raise ValueError(f"unknown task {name!r}; {allowed}")
+        if colon and (name in (LOSS, GRID) or not number.isdecimal() or int(number) < 1):
+            raise ValueError(f"--tasks has {item!r}; a task may have a number of samples, but {LOSS} and {GRID} not")
+        out[name] = int(number) if colon else default
+    if not out:
+        raise ValueError(f"--tasks is empty; {allowed}")
+    return out
 
 
 def options(text: str | None) -> dict[str, Any] | None:

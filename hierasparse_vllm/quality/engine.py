@@ -75,15 +75,21 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "additional_config": {"hierasparse": arm["options"]},
         }
     else:
-        kw = arm["options"]
+        kw = dict(arm["options"])
+    kw["gpu_memory_utilization"] = job["gpu_memory_utilization"]
+    if job["kv_cache_gib"] is not None:
+        # Without this vLLM takes what other processes allocate while it starts for its own.  The share is then only
+        # what must be free at the start.
+        kw |= {"kv_cache_memory_bytes": round(job["kv_cache_gib"] * 2**30), "gpu_memory_utilization": 0.01}
     llm = LLM(
         job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], seed=0, enforce_eager=True,
         max_num_batched_tokens=job["max_num_batched_tokens"], max_num_seqs=MAX_SEQS, enable_prefix_caching=False,
-        gpu_memory_utilization=job["gpu_memory_utilization"], disable_log_stats=True, **kw,
+        disable_log_stats=True, **kw,
     )  # fmt: skip
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()
-    names = sorted({type(layer.impl).__name__ for layer in layers if hasattr(layer, "impl")})
+    impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
+    names = sorted({type(impl).__name__ for impl in impls})
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     problems = []
     if (names == ["HieraSparseImpl"]) != ours:
@@ -132,6 +138,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     seconds = {"load": loaded - began, "losses": losses - loaded, "tasks": time.time() - losses}
     (runner,) = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)
     info = {"dtype": dtype, "implementations": names, "runner": runner}
+    if ours:
+        info["ops"] = ", ".join(sorted({impl.ops.name for impl in impls}))
     return finish(job, info, measured, answers, seconds, problems, check)
 
 

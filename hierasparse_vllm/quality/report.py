@@ -12,6 +12,8 @@ from hierasparse_vllm.quality.arms import DENSE, Arm, share
 from hierasparse_vllm.quality.run import ArmError
 from hierasparse_vllm.quality.tasks import GRID, Sample, score
 
+EXACT = ("passkey", "multikey", "key_value", GRID)
+"""Tasks with one answer, of which passes are counted; of the others the share of the expected words."""
 SAME_HEAD = {"float32": 1e-4}
 """Allowed difference between the dense loss seen in two processes; 1e-2 in 16 bits, where heads round differently."""
 
@@ -159,8 +161,7 @@ def _cells(arm: dict[str, Any], report: dict[str, Any]) -> list[str]:
             cells += [f"{delta:+.4f} ± {arm['delta_se']:.4f}", f"{kl:.4f}", f"{100 * arm['top1']:.1f} %"]
     for name in report["tasks"]:
         task = arm["tasks"][name]
-        exact = name in ("passkey", "multikey", "key_value", GRID)
-        cells.append(f"{task['passes']}/{task['n']}" if exact else f"{100 * task['score']:.0f} %")
+        cells.append(f"{task['passes']}/{task['n']}" if name in EXACT else f"{100 * task['score']:.0f} %")
     return cells
 
 
@@ -181,11 +182,14 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             # The file's name and hash, since its path is of this machine only.
             "tables": report["tables"] if "tables" in arm["options"] else None, "bytes": arm["bytes"],
         }  # fmt: skip
+        if "ops" in arm["info"]:
+            case["ops"] = arm["info"]["ops"]
         gate = arm["gate"] and dense["gate"]
         if arm["loss"] is not None:
             more = {
                 "texts": [text["name"] for text in report["texts"]], "length": report["length"],
-                "first": report["first"], "delta": arm["delta"], "kl": arm["kl"], "top1": arm["top1"],
+                "first": report["first"], "delta": arm["delta"], "delta_se": arm["delta_se"], "kl": arm["kl"],
+                "top1": arm["top1"],
             }  # fmt: skip
             out.append(
                 results.row(
@@ -193,13 +197,15 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                     less_is_better=True, gate=gate and math.isfinite(arm["loss"]),
                 )
             )  # fmt: skip
-        if "passkey" in arm["tasks"]:
-            task, rival = arm["tasks"]["passkey"], dense["tasks"]["passkey"]
-            more = {"length": task["trials"][0]["length"], "trials": task["n"], "seed": report["seed"]}
+        for name, task in arm["tasks"].items():
+            field, unit = ("passes", f"of {task['n']}") if name in EXACT else ("score", "share of the words")
+            more = {
+                "length": max(trial["length"] for trial in task["trials"]), "trials": task["n"], "seed": report["seed"],
+            }  # fmt: skip
             out.append(
                 results.row(
-                    f"passkey-{arm['name']}", "quality", case | more, task["passes"], rival["passes"], DENSE,
-                    f"of {task['n']}", less_is_better=False, gate=gate,
+                    f"{name.replace('_', '-')}-{arm['name']}", "quality", case | more, task[field],
+                    dense["tasks"][name][field], DENSE, unit, less_is_better=False, gate=gate,
                 )
             )  # fmt: skip
     return [row | {key: report[key] for key in ("commit", "versions", "date")} for row in out]

@@ -1,4 +1,4 @@
-"""Runs arms one after the other, each in a child process, and keeps their results in a work folder.
+"""Runs an arm in a child process, and keeps its result in a work folder.
 
 An arm is finished when its result file exists; the child writes it last and under another name first.  What a result
 depends on is hashed into its key, and ``--resume`` keeps a result only if the key is still the same.
@@ -49,6 +49,8 @@ class Plan:
     max_num_batched_tokens : int
     gpu_memory_utilization : float
         Share of a GPU's memory that an engine takes.
+    kv_cache_gib : float or None
+        Size of an engine's KV cache, instead of that share.
     work : Path
         Folder of jobs, logs and results.
     """
@@ -60,6 +62,7 @@ class Plan:
     samples: list[Sample]
     max_num_batched_tokens: int
     gpu_memory_utilization: float
+    kv_cache_gib: float | None
     work: Path
 
     @property
@@ -93,6 +96,7 @@ def job(plan: Plan, arm: Arm, dtype: str) -> dict[str, Any]:
         "max_num_batched_tokens": plan.max_num_batched_tokens,
         "max_model_len": plan.max_model_len,
         "gpu_memory_utilization": plan.gpu_memory_utilization,
+        "kv_cache_gib": plan.kv_cache_gib,
         "reference": None if dense or not plan.texts else str(plan.reference),
         "save": str(plan.reference) if dense and plan.texts else None,
     }

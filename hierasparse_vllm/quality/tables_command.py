@@ -50,7 +50,7 @@ def calibrate(args: argparse.Namespace) -> int:
     layers = collect(simulation, _progress(windows, "texts"))
     tables, before, after, powers = {}, 0.0, 0.0, []
     for name, sample in _progress(layers.items(), "orders"):
-        found = layer_tables(sample, args.seed)
+        found = layer_tables(sample, args.seed, simulation.device)
         tables |= {f"{name}.k_order": found.order, f"{name}.k_weight": found.weight}
         before, after = before + found.before / len(layers), after + found.after / len(layers)
         powers.append(found.powers)

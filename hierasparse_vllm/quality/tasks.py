@@ -75,27 +75,30 @@ class Writer:
         at = self.rng.randrange(len(text))
         return [text[(at + i) % len(text)] for i in range(n)]
 
-    def hide(self, needles: Sequence[tuple[float, str]], question: str, length: int) -> tuple[int, ...]:
-        """Prompt of ``length`` tokens: needles at their depths in running text, then the question.
+    def hide(self, head: str, needles: Sequence[tuple[float, str]], question: str, length: int) -> tuple[int, ...]:
+        """Prompt of ``length`` tokens: the head, needles at their depths in running text, then the question.
 
         Parameters
         ----------
+        head : str
+            Says what to look for: without it a small dense model takes the question for a line of the novel.
         needles : sequence of (float, str)
             Depth, 0 to 1, and text of each; needles of one depth keep their order.
         question : str
+            The beginning of the answer, in the needle's own words: a question before it sends such a model astray.
         length : int
 
         Raises
         ------
         ValueError
-            If needles and question alone are longer.
+            If head, needles and question alone are longer.
         """
         pieces = [(depth, self.ids(text)) for depth, text in sorted(needles, key=lambda needle: needle[0])]
-        end = self.ids(question)
-        room = length - len(self.start) - len(end) - sum(len(ids) for _, ids in pieces)
+        out, end, used = [*self.start, *self.ids(head)], self.ids(question), 0
+        room = length - len(out) - len(end) - sum(len(ids) for _, ids in pieces)
         if room < 0:
             raise ValueError(f"a prompt of {length} tokens is too short: needles and question take {length - room}")
-        running, out, used = self.running(room), list(self.start), 0
+        running = self.running(room)
         for depth, ids in pieces:
             place = round(depth * room)
             out += running[used:place] + ids
@@ -141,8 +144,9 @@ class Writer:
 def passkey(w: Writer, depth: float, length: int) -> Sample:
     """One number in running text."""
     key = number(w.rng)
+    head = "There is a pass key hidden in this text, a number of five digits. Find it and remember it.\n"
     needle = f"\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
-    prompt = w.hide([(depth, needle)], "\nWhat is the pass key? The pass key is", length)
+    prompt = w.hide(head, [(depth, needle)], "\nThe pass key is", length)
     return Sample("passkey", prompt, (key,), depth, length, 12)
 
 
@@ -151,8 +155,9 @@ def multikey(w: Writer, depth: float, length: int) -> Sample:
     names, asked = w.rng.sample(NAMES, 4), number(w.rng)
     others = [(w.rng.random(), f"\nThe pass key of {name} is {_other(w.rng, asked)}.\n") for name in names[1:]]
     needles = [(depth, f"\nThe pass key of {names[0]} is {asked}.\n"), *others]
-    question = f"\nWhat is the pass key of {names[0]}? The pass key of {names[0]} is"
-    return Sample("multikey", w.hide(needles, question, length), (asked,), depth, length, 12)
+    head = "There are four pass keys hidden in this text, each a number with a name. Find them and remember them.\n"
+    question = f"\nThe pass key of {names[0]} is"
+    return Sample("multikey", w.hide(head, needles, question, length), (asked,), depth, length, 12)
 
 
 def variable_tracking(w: Writer, depth: float, length: int) -> Sample:
@@ -168,8 +173,9 @@ def variable_tracking(w: Writer, depth: float, length: int) -> Sample:
         places = sorted(w.rng.random() for _ in chain)
         for place, name, source in zip(places, chain, [first, *(f"VAR {name}" for name in chain)]):
             needles.append((place, f"\nVAR {name} = {source}\n"))
+    head = "There are assignments of variables hidden in this text. Find them and follow them.\n"
     question = f"\nWhich variables have the value {value}, directly or through others? These four: VAR"
-    return Sample("variable_tracking", w.hide(needles, question, length), tuple(names[:4]), None, length, 48)
+    return Sample("variable_tracking", w.hide(head, needles, question, length), tuple(names[:4]), None, length, 48)
 
 
 def common_words(w: Writer, depth: float, length: int) -> Sample:

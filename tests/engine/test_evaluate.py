@@ -23,7 +23,7 @@ def evaluate(model, out, *arguments):
 
 ARGUMENTS = (
     "--arms", "max,simulated-dense", "--options", DENSE, "--tasks", "loss,passkey",
-    "--trials", 2, "--passkey-length", 900,
+    "--trials", 2, "--passkey-length", 900, "--jobs", 2, "--kv-cache-gib", 1,
 )  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def test_every_arm_ran_what_its_name_says(run):
     for name, arm in arms.items():
         ours = name in ("max", "custom")
         assert (arm["info"]["implementations"] == ["HieraSparseImpl"]) == ours
+        assert arm["info"].get("ops") == ("reference" if ours else None)
         assert arm["info"]["dtype"] == "float32"
         assert arm["texts"]["evaluation-emma"]["tokens"] == LENGTH - FIRST
         if name in ("dense", "max", "custom"):
@@ -107,7 +108,7 @@ def test_the_shipped_texts_are_long_enough_for_the_default_length(full_model):
 
 
 def test_a_child_that_crashes_is_told_with_the_end_of_its_log(tmp_path):
-    plan = Plan("/no/such/model", "float32", 1, [("a", [1, 2, 3])], [], 2048, 0.9, tmp_path)
+    plan = Plan("/no/such/model", "float32", 1, [("a", [1, 2, 3])], [], 2048, 0.9, None, tmp_path)
     with pytest.raises(ArmError, match=r"simulated-dense did not finish: .*(Error|Exception)") as caught:
         execute(plan, ARMS["simulated-dense"], "float32", False)
     assert "Traceback" in (tmp_path / "simulated-dense.log").read_text() and "/no/such/model" in caught.value.tail

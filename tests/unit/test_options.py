@@ -24,6 +24,7 @@ DEFAULTS = {
     "layer_budget": True,
     "storage": "compressed",
     "prefill": "position",
+    "prefill_workspace_mib": 256,
     "log_interval": 10.0,
 }
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "options.schema.json"
@@ -149,6 +150,7 @@ WRONG = {
     "layer_budget": [0, 1, "yes", None, [True]],
     "storage": ["dense", None, True, 1],
     "prefill": ["chunks", None, False, 0],
+    "prefill_workspace_mib": [0, -1, 0.5, True, "256", None, math.nan, []],
     "log_interval": [-1, -0.001, "10", None, True, False, math.nan, -math.inf, [1]],
 }
 WRONG_PAIRS = [(key, value) for key, wrong in WRONG.items() for value in wrong]
@@ -166,6 +168,7 @@ ALLOWED = {
     "layer_budget": ("true and false",),
     "storage": ("'compressed'", "'dense_page'"),
     "prefill": ("'position'", "'chunk'"),
+    "prefill_workspace_mib": ("whole numbers from 1",),
     "log_interval": ("numbers from 0",),
 }
 

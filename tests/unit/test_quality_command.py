@@ -1,8 +1,11 @@
 """``hierasparse evaluate``: every mistake is one sentence before anything heavy runs; and the order of a run."""
 
 import importlib.util
+import json
 import subprocess
 import sys
+import threading
+from collections import Counter
 
 import pytest
 from bytes_tokenizer import BytesTokenizer
@@ -26,6 +29,11 @@ def installed(monkeypatch):
     [
         (["--tasks", "loss,passkeys"], "unknown task 'passkeys'; allowed are loss, passkey, multikey, "),
         (["--tasks", ","], "--tasks is empty; allowed are loss, passkey"),
+        (["--tasks", "passkey:0"], "--tasks has 'passkey:0'; a task may have a number of samples"),
+        (["--tasks", "passkey:many"], "--tasks has 'passkey:many'"),
+        (["--tasks", "needles:4"], "but loss and needles not"),
+        (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
+        (["--jobs", "3"], "--jobs is 3; it needs --kv-cache-gib"),
         (["--arms", "dense,mx"], "unknown arm 'mx'; allowed are dense, fp8, paper"),
         (["--first", "1024", "--length", "1024"], "--first is 1024; it must lie between 1 and --length (1024)"),
         (["--first", "0"], "--first is 0"),
@@ -59,7 +67,7 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(installed, caps
     assert "is a file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["matplotlib", "transformers", "vllm"])
+@pytest.mark.parametrize("missing", ["transformers", "vllm"])
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, capsys, tmp_path, missing):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
@@ -115,6 +123,60 @@ def test_a_run_writes_report_and_rows_and_gives_the_dense_arms_dtype_to_all(chil
     assert "seed of the samples 0" in said and "[2/3] max ... loss 3.0000" in said and "| half" in said
     page = (out / "report.md").read_text()
     assert "hierasparse evaluate /no/such/model --out" in page and "--passkey-length 700" in page
+
+
+def test_each_task_may_have_its_own_number_of_samples(children, tmp_path):
+    ran, _ = children
+    tasks = "passkey:5,multikey,key_value:1"
+    assert evaluate("--out", tmp_path, "--arms", "max", "--tasks", tasks, "--trials", 2, "--passkey-length", 700) == 0
+    counted = Counter(sample.task for sample in ran[0][2].samples)
+    assert counted == {"passkey": 5, "multikey": 2, "key_value": 1}
+
+
+@pytest.mark.parametrize("jobs, at_once", [(1, 1), (3, 3)])
+def test_arms_share_the_gpu_after_the_dense_one(children, monkeypatch, tmp_path, jobs, at_once):
+    ran, _ = children
+    execute, together, running, most = run.execute, threading.Barrier(at_once, timeout=30), set(), []
+
+    def slow(plan, arm, dtype, resume):
+        running.add(arm.name)
+        if arm.name != "dense":
+            together.wait()
+        most.append(set(running))
+        result = execute(plan, arm, dtype, resume)
+        running.discard(arm.name)
+        return result
+
+    monkeypatch.setattr(run, "execute", slow)
+    arguments = ["--arms", "max,half,paper", "--tasks", "loss", "--jobs", jobs, "--kv-cache-gib", 1.5]
+    assert evaluate("--out", tmp_path, *arguments) == 0
+    assert most[0] == {"dense"} and max(map(len, most)) == at_once
+    assert {dtype for name, dtype, _ in ran if name != "dense"} == {"bfloat16"}
+    names = [arm["name"] for arm in json.loads((tmp_path / "report.json").read_text())["arms"]]
+    assert names == ["dense", "max", "half", "paper"] and ran[0][2].kv_cache_gib == 1.5
+
+
+def test_a_report_is_written_again_elsewhere_with_its_rows(children, capsys, tmp_path):
+    arguments = ["--arms", "max", "--trials", "3", "--passkey-length", "700"]
+    assert evaluate("--out", tmp_path / "out", *arguments, "--rows", tmp_path / "rows.json") == 0
+    source, again = tmp_path / "out" / "report.json", tmp_path / "again"
+    assert cli.main(["report", str(source), "--out", str(again), "--rows", str(tmp_path / "other.json")]) == 0
+    for name in ("report.json", "report.md"):
+        assert (again / name).read_text() == (tmp_path / "out" / name).read_text()
+    assert (tmp_path / "other.json").read_text() == (tmp_path / "rows.json").read_text()
+    assert (again / "needles.png").exists()
+    (again / "report.json").write_text("{")
+    assert cli.main(["report", str(again / "report.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_are_no_pictures_and_it_says_so(children, monkeypatch, capsys, tmp_path):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    arguments = ["--arms", "max", "--trials", "3", "--passkey-length", "700"]
+    assert evaluate("--out", tmp_path / "out", *arguments) == 0
+    assert "`hierasparse report` draws them" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.png")) and "png" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_failed_arm_fails_the_run_unless_it_is_optional(children, capsys, tmp_path):

@@ -116,7 +116,8 @@ def test_a_run_without_texts_has_no_losses():
 # ---- rows ----------------------------------------------------------------------------------------------------------
 def test_rows_have_the_schema_and_the_meaning_of_their_fields(good):
     rows = {row["id"]: row for row in report.rows(good)}
-    assert list(rows) == ["loss-max", "passkey-max", "loss-mustafar70", "passkey-mustafar70"], "no row for what failed"
+    kinds = ("loss", "passkey", "common-words")
+    assert list(rows) == [f"{kind}-{arm}" for arm in ("max", "mustafar70") for kind in kinds], "none for what failed"
     assert all(tuple(row) == results.FIELDS for row in rows.values())
     loss, keys = rows["loss-max"], rows["passkey-max"]
     assert (loss["ours"], loss["rival"], loss["unit"], loss["gate"]) == (3.875, 3.5, "nats per token", "green")
@@ -124,16 +125,25 @@ def test_rows_have_the_schema_and_the_meaning_of_their_fields(good):
     assert loss["case"] == {
         "model": "tiny", "dtype": "float32", "options": {"preset": "max"}, "tables": None,
         "bytes": pytest.approx(0.565, abs=0.02), "texts": ["a", "b"], "length": 1024, "first": 512,
-        "delta": 0.375, "kl": pytest.approx(0.1), "top1": 0.9,
+        "delta": 0.375, "delta_se": pytest.approx(0.0212, abs=1e-4), "kl": pytest.approx(0.1), "top1": 0.9,
     }  # fmt: skip
     assert (keys["ours"], keys["rival"], keys["unit"], keys["ratio"]) == (1, 2, "of 2", 0.5)
     assert keys["case"]["trials"] == 2 and keys["case"]["seed"] == 7
+    words = rows["common-words-max"]
+    assert (words["ours"], words["rival"], words["unit"]) == (0.5, 1.0, "share of the words")
+    assert words["case"]["trials"] == 1 and words["case"]["length"] == 600
+
+
+def test_a_row_says_which_ops_ran():
+    ours = outcome((3.0, 4.0)) | {"info": {"dtype": "float32", "ops": "reference"}}
+    found = {row["id"]: row["case"] for row in report.rows(build({"dense": outcome((3.0, 4.0)), "max": ours}))}
+    assert found["loss-max"]["ops"] == found["passkey-max"]["ops"] == "reference"
 
 
 def test_rows_of_a_run_in_which_nobody_finds_a_key_have_no_ratio():
     silent = ("", "", "")
     found = build({"dense": outcome((3.0, 4.0), silent), "max": outcome((3.0, 4.0), silent)})
-    assert [row["ratio"] for row in report.rows(found)] == [1.0, None]
+    assert [row["ratio"] for row in report.rows(found)] == [1.0, None, None]
 
 
 def test_a_red_arm_or_a_red_dense_arm_gives_red_rows():
@@ -240,7 +250,7 @@ def child(monkeypatch):
 
 @pytest.fixture
 def plan(tmp_path):
-    return run.Plan("/m", "auto", 2, [], SAMPLES, 2048, 0.9, tmp_path / "work")
+    return run.Plan("/m", "auto", 2, [], SAMPLES, 2048, 0.9, None, tmp_path / "work")
 
 
 def test_a_finished_arm_is_kept_only_to_resume_and_only_if_nothing_changed(plan, child, tmp_path):
@@ -282,7 +292,7 @@ def test_a_child_that_ends_well_without_a_result_is_a_failure(plan, child):
 
 
 def test_without_the_dense_arms_hidden_states_it_runs_again(plan, child):
-    plan = run.Plan("/m", "auto", 2, [("a", [1, 2, 3, 4])], [], 2048, 0.9, plan.work)
+    plan = run.Plan("/m", "auto", 2, [("a", [1, 2, 3, 4])], [], 2048, 0.9, None, plan.work)
     run.execute(plan, ARMS["dense"], "float32", False)
     assert not run.execute(plan, ARMS["dense"], "float32", True)[1]
     plan.reference.touch()
@@ -293,5 +303,5 @@ def test_without_the_dense_arms_hidden_states_it_runs_again(plan, child):
 
 def test_the_longest_request_decides_the_models_length(plan):
     assert plan.max_model_len == 632
-    long = run.Plan("/m", "auto", 2, [("a", [0] * 700)], SAMPLES, 2048, 0.9, plan.work)
+    long = run.Plan("/m", "auto", 2, [("a", [0] * 700)], SAMPLES, 2048, 0.9, None, plan.work)
     assert long.max_model_len == 700, "the last token of a text is only predicted"

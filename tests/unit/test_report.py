@@ -7,6 +7,7 @@ import torch
 
 from hierasparse_vllm.backend import report
 from hierasparse_vllm.backend.report import Report, blocks_in_decode
+from hierasparse_vllm.ops import Selection
 from hierasparse_vllm.ops.batch import ReadRule
 from hierasparse_vllm.options import Options
 from hierasparse_vllm.page import PageLayout
@@ -70,7 +71,7 @@ def log_engine(cfg, blocks=1000, split=False, mean=False, **options):
     layout = PageLayout(128, 2, 4, 4, key_mean=mean)
     window = torch.empty(blocks, 0, 128)  # blocks of 128 tokens; contents do not matter
     options = Options(value_sparsity=1.0, **options)
-    Report(cfg, options).engine("reference", window, layout, 8, 32, ReadRule(256), split)
+    Report(cfg, options).engine(Selection("reference", "why"), window, layout, 8, 32, ReadRule(256), split)
 
 
 def test_engine_lines_tell_backend_options_sizes_and_what_fits(lines):
@@ -136,3 +137,56 @@ def test_interval_zero_logs_every_step_that_compresses(lines):
     for pages in (1, 0, 0, 2, 0):
         r.compressed(pages)
     assert len(lines) == 2
+
+
+class Event:
+    """A CUDA event that has happened when the test says so."""
+
+    done = False
+
+    def record(self):
+        """Nothing."""
+
+    def query(self):
+        return Event.done
+
+
+def test_a_count_on_the_device_is_read_now_and_then_and_never_waited_for(lines, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    count = torch.zeros(1, dtype=torch.int64)
+    r = Report(config(), Options(log_interval=10), count)
+    count += 3
+    r.poll()  # copies
+    count += 5
+    Event.done = False
+    for _ in range(3):
+        r.poll()
+    assert not lines
+    Event.done = True
+    r.poll()
+    now[0] += 9
+    r.poll()
+    assert r._copied is None
+    now[0] += 2
+    r.poll()  # copies again
+    r.poll()
+    assert r._copied is None, "and has looked"
+    now[0] += 1
+    r.poll()
+    assert [text.split(": ")[1] for _, text in lines] == [f"{n} pages compressed since start" for n in (3, 8)]
+
+
+def test_without_a_count_there_is_nothing_to_poll(lines):
+    Report(config(), Options(log_interval=0)).poll()
+    assert not lines
+
+
+def test_slow_ops_on_a_gpu_are_warned_of_with_their_reason(lines):
+    layout = PageLayout(128, 2, 4, 4)
+    window = torch.empty(10, 0, 128, device="meta")
+    Report(config(), Options()).engine(Selection("reference", "the reason"), window, layout, 8, 32, ReadRule(256))
+    assert [text for level, text in lines if level == "warning"] == [
+        "HieraSparse: the reference ops run, which are slow on a GPU: the reason"
+    ]

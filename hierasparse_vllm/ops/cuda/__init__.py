@@ -1,0 +1,151 @@
+"""The CUDA ops: our kernels for storing, compressing and decoding, FlashAttention for long prefills."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hierasparse_vllm import compat
+from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
+from hierasparse_vllm.ops.cuda import library, prefill  # noqa: F401  (defines the operators)
+from hierasparse_vllm.ops.cuda.buffers import buffers
+from hierasparse_vllm.ops.cuda.plan import long_requests, make_plan
+from hierasparse_vllm.page import PageLayout
+from hierasparse_vllm.policy import LayerPolicy
+
+
+class _Tables(NamedTuple):
+    """A layer's tables as the kernels read them."""
+
+    policy: LayerPolicy
+    k_order: torch.Tensor  # int32 [H, D]
+    k_weight: torch.Tensor | None  # float32 [H, D]
+
+    @classmethod
+    def of(cls, policy: LayerPolicy) -> _Tables:
+        keys = policy.key.grouping
+        weight = None if keys.weight is None else keys.weight.float().contiguous()
+        return cls(policy, keys.order.int().contiguous(), weight)
+
+
+class CudaOps:
+    """`hierasparse_vllm.ops.Ops` with the kernels of ``hierasparse_vllm._C``; one object per layer.
+
+    Parameters
+    ----------
+    device, layout, kv_heads, dtype
+        Of the layer's caches.  Given all four, memory is allocated now, else in the first step.
+    prefill_mib : int
+        Option ``prefill_workspace_mib``.
+
+    Attributes
+    ----------
+    count : Tensor or None, int64 [1], on the device
+        Pages compressed so far.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        layout: PageLayout | None = None,
+        kv_heads: int | None = None,
+        dtype: torch.dtype | None = None,
+        prefill_mib: int = 256,
+    ):
+        self.count: torch.Tensor | None = None
+        self._prefill_mib, self._shape, self._tables = prefill_mib, None, None
+        if device is not None:
+            self._prepare(device, layout.head_size, kv_heads, dtype)
+
+    def _prepare(self, *shape) -> None:
+        """Allocate what caches of ``shape`` (device, head size, KV heads, dtype) need, unless it is there."""
+        if shape == self._shape:
+            return
+        device, head_size, kv_heads, dtype = self._shape = shape
+        self._buffers = buffers(device, head_size, kv_heads, dtype, self._prefill_mib)
+        self._expanded = self._buffers.expanded_pages(kv_heads, head_size, dtype)
+        self._flash = compat.flash_attention(head_size)
+        if self.count is None:
+            self.count = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def reserve(self, out: torch.Tensor) -> None:
+        # Per value: a partial result in the model's dtype, and the sum in float32 (with the log-sum-exps, 4 / D).
+        torch.empty(out.numel() * (out.itemsize + 5), dtype=torch.uint8, device=out.device)
+
+    def update(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: Batch,
+        window: torch.Tensor,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        policy: LayerPolicy,
+    ) -> None:
+        self._prepare(window.device, layout.head_size, window.shape[1], window.dtype)
+        tables = self._tables_of(policy)
+        torch.ops.hierasparse.store_compress(
+            key, value, batch.slots, int(batch.query_start[-1]), window, pages, self.count,
+            *_step(batch), tables.k_order, _layout(layout), tables.k_weight, policy.key.rescale, policy.value.rescale,
+            self._buffers.sms,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        batch: Batch,
+        window: torch.Tensor,
+        pages: torch.Tensor,
+        layout: PageLayout,
+        policy: LayerPolicy,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        self._prepare(window.device, layout.head_size, window.shape[1], window.dtype)
+        k_order = self._tables_of(policy).k_order
+        slab_pages = len(self._expanded[0])
+        if ("plan", slab_pages) not in batch.derived:  # what follows from lengths on the host, once per step
+            lengths = batch.query_start.diff()
+            decoded = lengths[lengths <= LONGEST_DECODE]
+            requests = long_requests(batch, LONGEST_DECODE)
+            plan = make_plan(batch, requests, slab_pages) if requests else None
+            batch.derived["plan", slab_pages] = plan, int(decoded.max()) if len(decoded) else 0
+        plan, longest = batch.derived["plan", slab_pages]
+        if plan is not None:  # first, since FlashAttention also writes the rows of decodes between two prefills
+
+            def expand(ids, k, v):
+                torch.ops.hierasparse.expand(pages, window, ids, k, v, k_order, _layout(layout))
+
+            prefill.attend(plan, self._flash, query, window, expand, self._expanded, scale, out)
+        if longest:
+            torch.ops.hierasparse.decode(
+                query, out, window, pages, *_step(batch), k_order, _layout(layout),
+                scale, longest, self._buffers.ctas, self._buffers.workspace, self._buffers.counters,
+            )  # fmt: skip
+
+    def _tables_of(self, policy: LayerPolicy) -> _Tables:
+        if self._tables is None or self._tables.policy is not policy:
+            self._tables = _Tables.of(policy)
+        return self._tables
+
+
+def _step(batch: Batch) -> tuple:
+    """A step as `library` takes it."""
+    if batch.query_start_device is None:
+        batch.query_start_device = batch.query_start.to(batch.seq_lens.device, non_blocking=True)
+    rule = batch.rule
+    return (
+        batch.query_start_device, batch.seq_lens, batch.page_table, batch.window_table,
+        [batch.window_block, rule.local_window, int(rule.own_chunk_dense)],
+    )  # fmt: skip
+
+
+def _layout(layout: PageLayout) -> list[int]:
+    """A layout as `library` takes it."""
+    return [
+        layout.head_size, layout.sparse_k, layout.sparse_v, layout.sink_tokens,
+        int(layout.key_mean), int(layout.value_axis == "token"),
+    ]  # fmt: skip

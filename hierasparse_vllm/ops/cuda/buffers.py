@@ -1,0 +1,72 @@
+"""Device memory that all layers share, allocated once: before vLLM measures what is left for the cache, and before any
+CUDA graph is captured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from hierasparse_vllm import extension
+from hierasparse_vllm.page import PAGE_TOKENS
+
+
+@dataclass
+class Buffers:
+    """Buffers of one device; layers run one after the other, so that one set serves them all.
+
+    Parameters
+    ----------
+    sms : int
+        Multiprocessors of the device.
+    ctas : int
+        CTAs of a decode launch.
+    workspace : Tensor, float32
+        Partial results of a decode launch.
+    counters : Tensor, int32 [ctas]
+        Zero between launches.
+    expanded : Tensor, uint8
+        Dense K and V of expanded pages.
+    """
+
+    sms: int
+    ctas: int
+    workspace: torch.Tensor
+    counters: torch.Tensor
+    expanded: torch.Tensor
+
+    def expanded_pages(self, kv_heads: int, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """As many dense pages of a layer as fit: K and V [pages, 256, H, D]."""
+        page = kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
+        n = len(self.expanded) // (2 * page)
+        both = self.expanded[: 2 * n * page].view(dtype).view(2, n, PAGE_TOKENS, kv_heads, head_size)
+        return both[0], both[1]
+
+
+_BUFFERS: dict[torch.device, Buffers] = {}
+
+
+def buffers(device: torch.device, head_size: int, kv_heads: int, dtype: torch.dtype, prefill_mib: int) -> Buffers:
+    """The buffers of ``device``, large enough for a layer of these shapes.
+
+    Parameters
+    ----------
+    prefill_mib : int
+        Mebibytes of `Buffers.expanded`; it holds at least one page.
+    """
+    c, have = extension.load(), _BUFFERS.get(device)
+    with torch.cuda.device(device):
+        ctas = c.decode_ctas()
+    floats = c.decode_workspace_floats(head_size=head_size, ctas=ctas)
+    dense = max(prefill_mib << 20, 2 * kv_heads * PAGE_TOKENS * head_size * dtype.itemsize)
+    if have is None or have.workspace.numel() < floats or have.expanded.numel() < dense:
+        room = (floats, dense) if have is None else (max(floats, len(have.workspace)), max(dense, len(have.expanded)))
+        _BUFFERS[device] = have = Buffers(
+            torch.cuda.get_device_properties(device).multi_processor_count,
+            ctas,
+            torch.empty(room[0], dtype=torch.float32, device=device),
+            torch.zeros(ctas, dtype=torch.int32, device=device),
+            # Zeros: FlashAttention may load rows beyond a sequence's end and multiply them with a weight of zero.
+            torch.zeros(room[1], dtype=torch.uint8, device=device),
+        )
+    return replace(have, expanded=have.expanded[:dense])

@@ -1,0 +1,195 @@
+"""The kernels of ``hierasparse_vllm._C`` as operators ``torch.ops.hierasparse.*``, with fakes for tracing.
+
+The extension knows no PyTorch: here tensors become addresses and strides.  ``step`` is [window_block, local_window,
+own_chunk_dense] and ``layout`` is [head_size, sparse_k, sparse_v, sink_tokens, key_mean, values along tokens].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hierasparse_vllm import extension
+
+_STEP = "Tensor query_start, Tensor seq_lens, Tensor page_table, Tensor window_table, int[] step"
+_LAYER = "Tensor k_order, int[] layout"
+_LIBRARY = torch.library.Library("hierasparse", "DEF")
+
+
+def _operator(schema: str):
+    """Define an operator that returns nothing, with the decorated function behind it on CUDA."""
+
+    def register(function):
+        name = schema.split("(")[0]
+        _LIBRARY.define(f"{schema} -> ()")
+        _LIBRARY.impl(name, function, "CUDA")
+        torch.library.register_fake(f"hierasparse::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def _dtype(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _row_strides(x: torch.Tensor) -> tuple[int, int]:
+    """Bytes from a row, and from a head, of [rows, heads, D] to the next."""
+    assert x.stride(2) == 1, "the channels of a head lie side by side"
+    return x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
+
+
+def _batch(query_start, seq_lens, page_table, window_table, step):
+    window_block, local_window, own_chunk_dense = step
+    for x in (query_start, seq_lens, page_table, window_table):
+        assert x.dtype == torch.int32 and (x.numel() == 0 or x.stride(-1) == 1), "tables are rows of int32"
+    return extension.load().Batch(
+        query_start=query_start.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        page_table=page_table.data_ptr(),
+        window_table=window_table.data_ptr(),
+        page_table_stride=page_table.stride(0),
+        window_table_stride=window_table.stride(0),
+        requests=len(seq_lens),
+        window_block=window_block,
+        local_window=local_window,
+        own_chunk_dense=bool(own_chunk_dense),
+    )
+
+
+def _cache(pages, window, layout):
+    head_size, sparse_k, sparse_v, sink_tokens, key_mean, token_axis = layout
+    heads, bytes_per_head = pages.shape[1:]
+    block = tuple(window.stride()[1:])
+    assert pages.stride()[1:] == (bytes_per_head, 1), "the heads of a page lie side by side"
+    assert block == (window.shape[2] * 2 * head_size, 2 * head_size, 1), "so do those of a window block, and its tokens"
+    return extension.load().Cache(
+        pages=pages.data_ptr(),
+        window=window.data_ptr(),
+        page_stride=pages.stride(0),
+        window_stride=window.stride(0) * window.itemsize,
+        kv_heads=heads,
+        head_size=head_size,
+        sparse_k=sparse_k,
+        sparse_v=sparse_v,
+        sink_tokens=sink_tokens,
+        key_mean=bool(key_mean),
+        value_axis="token" if token_axis else "channel",
+        dtype=_dtype(window),
+    )
+
+
+@_operator(
+    "store_compress(Tensor key, Tensor value, Tensor slots, int rows, Tensor(a!) window, Tensor(b!) pages, "
+    f"Tensor(c!) pages_compressed, {_STEP}, {_LAYER}, Tensor? k_weight, bool rescale_k, bool rescale_v, int sms)"
+)
+def store_compress(
+    key, value, slots, rows, window, pages, pages_compressed,
+    query_start, seq_lens, page_table, window_table, step, k_order, layout, k_weight, rescale_k, rescale_v, sms,
+):  # fmt: skip
+    """Write ``rows`` rows of key and value to their slots, and every page that this step fills."""
+    key_row, key_head = _row_strides(key)
+    value_row, value_head = _row_strides(value)
+    assert slots.dtype == torch.int64 and slots.is_contiguous()
+    extension.load().store_compress(
+        _batch(query_start, seq_lens, page_table, window_table, step),
+        _cache(pages, window, layout),
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        key_row_stride=key_row,
+        key_head_stride=key_head,
+        value_row_stride=value_row,
+        value_head_stride=value_head,
+        slots=slots.data_ptr(),
+        rows=rows,
+        k_order=k_order.data_ptr(),
+        k_weight=0 if k_weight is None else k_weight.data_ptr(),
+        rescale_k=rescale_k,
+        rescale_v=rescale_v,
+        pages_compressed=pages_compressed.data_ptr(),
+        sms=sms,
+        stream=_stream(),
+    )
+
+
+@_operator(
+    "decode(Tensor query, Tensor(a!) out, Tensor window, Tensor pages, "
+    f"{_STEP}, {_LAYER}, float scale, int max_query_len, int ctas, Tensor(b!) workspace, Tensor(c!) counters)"
+)
+def decode(
+    query, out, window, pages, query_start, seq_lens, page_table, window_table, step, k_order, layout,
+    scale, max_query_len, ctas, workspace, counters,
+):  # fmt: skip
+    """Attention of all requests with 1 to ``max_query_len`` queries."""
+    query_row, query_head = _row_strides(query)
+    out_row, out_head = _row_strides(out)
+    extension.load().decode(
+        _batch(query_start, seq_lens, page_table, window_table, step),
+        _cache(pages, window, layout),
+        query=query.data_ptr(),
+        out=out.data_ptr(),
+        query_row_stride=query_row,
+        query_head_stride=query_head,
+        out_row_stride=out_row,
+        out_head_stride=out_head,
+        heads=query.shape[1],
+        scale=scale,
+        k_order=k_order.data_ptr(),
+        workspace=workspace.data_ptr(),
+        counters=counters.data_ptr(),
+        max_query_len=max_query_len,
+        ctas=ctas,
+        stream=_stream(),
+    )
+
+
+@_operator(f"expand(Tensor pages, Tensor window, Tensor ids, Tensor(a!) k, Tensor(b!) v, {_LAYER})")
+def expand(pages, window, ids, k, v, k_order, layout):
+    """Pages ``ids`` as dense rows: k and v [n, 256, H, D]; ``window`` only tells the dtype and the heads."""
+    assert ids.dtype == torch.int32 and ids.is_contiguous() and k.stride() == v.stride() and k.stride(3) == 1
+    if not len(ids):  # an empty tensor has no address
+        return
+    page, token, head = (n * k.itemsize for n in k.stride()[:3])
+    extension.load().expand(
+        _cache(pages, window, layout),
+        pages=ids.data_ptr(),
+        count=len(ids),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        page_stride=page,
+        token_stride=token,
+        head_stride=head,
+        k_order=k_order.data_ptr(),
+        stream=_stream(),
+    )
+
+
+@_operator("merge(Tensor(a!) out, Tensor(b!) out_lse, Tensor part, Tensor part_lse, Tensor? rows)")
+def merge(out, out_lse, part, part_lse, rows):
+    """Merge ``part`` [n, heads, D] with its log-sum-exp [heads, n] into ``out``; see MergeParams."""
+    heads, d = part.shape[1:]
+    for x, lse in ((out, out_lse), (part, part_lse)):
+        assert x.stride()[1:] == (d, 1), "the heads of a row lie side by side"
+        assert lse.dtype == torch.float32 and lse.stride(1) == 1
+    narrow = out if out.dtype != torch.float32 else part
+    extension.load().merge(
+        out=out.data_ptr(),
+        out_lse=out_lse.data_ptr(),
+        part=part.data_ptr(),
+        part_lse=part_lse.data_ptr(),
+        out_stride=out.stride(0) * out.itemsize,
+        part_stride=part.stride(0) * part.itemsize,
+        out_lse_stride=out_lse.stride(0),
+        part_lse_stride=part_lse.stride(0),
+        rows=0 if rows is None else rows.data_ptr(),
+        count=len(part),
+        heads=heads,
+        head_size=d,
+        out_float=out.dtype == torch.float32,
+        part_float=part.dtype == torch.float32,
+        dtype=_dtype(narrow),
+        stream=_stream(),
+    )

@@ -1,0 +1,264 @@
+"""What a prefill step has FlashAttention do: decided on the host, once per step, from the requests' lengths.
+
+A tile (`Tile`) is at most 256 queries with one compressed length.  What a step's long requests read falls into parts,
+each of them one FlashAttention call over all requests:
+
+* the dense part: each tile over its tokens of the window cache, which FlashAttention reads in place;
+* compressed pages that all tiles of a request read: the whole request over contiguous expanded rows;
+* pages that only its later tiles read: each tile over its share of expanded pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hierasparse_vllm.ops.batch import Batch, Request
+from hierasparse_vllm.page import PAGE_TOKENS
+
+LARGEST_GAP = PAGE_TOKENS
+"""Rows without keys in a call are cut into sequences of at most so many, so that they do not widen its launch."""
+
+Sequence = tuple[int, int, int]
+"""First row of a sequence of queries, how many they are, and how many keys they read."""
+
+
+@dataclass
+class Call:
+    """Sequences of one FlashAttention call.
+
+    Parameters
+    ----------
+    rows : slice
+        Rows of the step's queries.  Some of them may have no keys here: see ``merged``.
+    query_start : Tensor, int32 [sequences + 1]
+        First row of each sequence, counted from ``rows``.
+    max_queries, max_keys : int
+    keys : Tensor, int32 [sequences]
+        Keys of each sequence, for paged keys.
+    table : Tensor, int32 [sequences, n]
+        Their blocks.
+    key_start : Tensor or None, int32 [sequences + 1]
+        First key row of each sequence, for keys that lie side by side; then there are no ``keys`` and ``table``.
+    merged : Tensor or None, int32 [rows]
+        Each row's own number, -1 for rows without keys; None if there are no such rows.
+    pages : Tensor or None, int32
+        Ids of the pages to expand first.
+    """
+
+    rows: slice
+    query_start: torch.Tensor
+    max_queries: int
+    max_keys: int
+    keys: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    key_start: torch.Tensor | None = None
+    merged: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
+
+
+@dataclass
+class Plan:
+    """What a step's long requests need.
+
+    Parameters
+    ----------
+    dense : Call
+    parts : list of Call
+        Over expanded pages.
+    unwritten : tuple of Tensor, int64
+        Window block and offset of every token slot behind a request's last token in that token's block.
+    """
+
+    dense: Call
+    parts: list[Call]
+    unwritten: tuple[torch.Tensor, torch.Tensor]
+
+
+class _Upload:
+    """Collects int32 arrays and copies them to the device at once, without waiting for it."""
+
+    ALIGN = 4  # entries, so that every array begins at a multiple of 16 bytes
+
+    def __init__(self):
+        self._parts: list[np.ndarray] = []
+        self._n = 0
+
+    def add(self, values) -> tuple[int, tuple[int, ...]]:
+        """Remember an array; returns its place."""
+        x = np.asarray(values, dtype=np.int32)
+        place = self._n, x.shape
+        pad = -x.size % self.ALIGN
+        self._parts += [x.reshape(-1), np.zeros(pad, np.int32)]
+        self._n += x.size + pad
+        return place
+
+    def send(self, device: torch.device) -> Callable:
+        """Copy everything; returns a function from places to tensors."""
+        host = torch.from_numpy(np.concatenate(self._parts))
+        if device.type == "cuda":
+            host = host.pin_memory()
+        there = host.to(device, non_blocking=True)
+
+        def get(place):
+            start, shape = place
+            return there[start : start + int(np.prod(shape))].view(shape)
+
+        return get
+
+
+def long_requests(batch: Batch, longest_decode: int) -> list[Request]:
+    """Requests of the step with more than ``longest_decode`` queries, in the order of their rows."""
+    starts = batch.query_start.tolist()
+    index = [i for i in range(len(starts) - 1) if starts[i + 1] - starts[i] > longest_decode]
+    if not index:
+        return []
+    # vLLM tells lengths on the host; where it does not, the host waits for the device once a step.
+    lengths = (batch.seq_lens if batch.host_lens is None else batch.host_lens).tolist()
+    out = [Request(i, starts[i], lengths[i] - (starts[i + 1] - starts[i]), lengths[i]) for i in index]
+    return [r for r in out if r.computed >= 0]
+
+
+def make_plan(batch: Batch, requests: list[Request], slab_pages: int) -> Plan:
+    """Cut the work of ``requests`` (at least one) into calls whose pages fit into a slab."""
+    upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
+    borders = [(mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for mine in tiles]
+    calls = [_dense_call(upload, batch, requests, tiles)]
+    for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], slab_pages):
+        calls.append(_shared_call(upload, batch, requests, slab))
+    for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders)], slab_pages):
+        calls.append(_tiled_call(upload, batch, requests, tiles, slab))
+    width = batch.window_table.shape[1]
+    last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
+    blocks = upload.add(np.repeat([place for place, _ in last], [n for _, n in last]))
+    offsets = upload.add(np.concatenate([np.arange(batch.window_block - n, batch.window_block) for _, n in last]))
+
+    get = upload.send(batch.seq_lens.device)
+    dense, *parts = [make(get) for make in calls]
+    return Plan(dense, parts, (_look_up(batch.window_table, get(blocks)).long(), get(offsets).long()))
+
+
+def _look_up(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Entries of a block table at ``places``, which count its entries row by row."""
+    return torch.take(table, places.long())
+
+
+def _call(
+    upload: _Upload,
+    sequences: list[Sequence],
+    table: np.ndarray | None = None,
+    window_table: torch.Tensor | None = None,
+    pages: np.ndarray | None = None,
+    page_table: torch.Tensor | None = None,
+) -> Callable[[Callable], Call]:
+    """Upload a call's arrays; what is returned makes the call of the uploaded tensors.
+
+    Parameters
+    ----------
+    sequences : list
+        In the order of their rows.
+    table : ndarray or None
+        Row of blocks of each sequence; without it keys lie side by side.
+    window_table : Tensor or None
+        If given, ``table`` has places of this block table, not blocks.
+    pages : ndarray or None
+        Places of ``page_table`` of the pages to expand.
+    """
+    lo, hi = sequences[0][0], sequences[-1][0] + sequences[-1][1]
+    starts, given = _without_gaps(sequences, lo)
+    queries, keys = np.diff(starts), np.zeros(len(starts) - 1, np.int64)
+    keys[given] = [n for _, _, n in sequences]
+    places = {"query_start": upload.add(starts)}
+    if len(given) < len(keys):
+        places["merged"] = upload.add(np.where(np.repeat(keys > 0, queries), np.arange(hi - lo), -1))
+    if table is None:
+        places["key_start"] = upload.add(np.concatenate(([0], np.cumsum(keys))))
+    else:
+        rows = np.zeros((len(keys), table.shape[1]), np.int64)
+        rows[given] = table
+        places |= {"keys": upload.add(keys), "table": upload.add(rows)}
+    if pages is not None:
+        places["pages"] = upload.add(pages)
+
+    def make(get: Callable) -> Call:
+        made = {name: get(place) for name, place in places.items()}
+        if window_table is not None:
+            made["table"] = _look_up(window_table, made["table"])
+        if pages is not None:
+            made["pages"] = _look_up(page_table, made["pages"])
+        return Call(slice(lo, hi), max_queries=int(queries.max()), max_keys=int(keys.max()), **made)
+
+    return make
+
+
+def _without_gaps(sequences: list[Sequence], lo: int) -> tuple[np.ndarray, list[int]]:
+    """First rows, from ``lo`` on, of sequences and of others that fill the gaps between; and which are the given."""
+    starts, given = [0], []
+    for first, queries, _ in sequences:
+        while starts[-1] < first - lo:
+            starts.append(min(first - lo, starts[-1] + LARGEST_GAP))
+        given.append(len(starts) - 1)
+        starts.append(first - lo + queries)
+    return np.array(starts), given
+
+
+def _dense_call(upload: _Upload, batch: Batch, requests, tiles) -> Callable[[Callable], Call]:
+    """Each tile over its dense tokens."""
+    block, width = batch.window_block, batch.window_table.shape[1]
+    sequences, rows, firsts = [], [], []
+    for request, mine in zip(requests, tiles):
+        for tile in mine:
+            keys = tile.position + tile.queries - tile.compressed
+            sequences.append((request.first_row + tile.row, tile.queries, keys))
+            rows.append(request.index * width)
+            firsts.append(tile.compressed // block)
+    blocks = -(-max(keys for _, _, keys in sequences) // block)
+    # The columns behind a sequence's last block are not read, but must be in the table.
+    columns = np.minimum(np.array(firsts)[:, None] + np.arange(blocks), width - 1)
+    return _call(upload, sequences, np.array(rows)[:, None] + columns, batch.window_table)
+
+
+def _slabs(spans: list[tuple[int, int, int]], slab_pages: int) -> Iterable[list[tuple[int, int, int]]]:
+    """Cut page ranges (number of the request, first page, end) into lists of ``slab_pages`` pages at most."""
+    slab, free = [], slab_pages
+    for i, first, end in spans:
+        while first < end:
+            n = min(free, end - first)
+            slab.append((i, first, first + n))
+            first, free = first + n, free - n
+            if free == 0:
+                yield slab
+                slab, free = [], slab_pages
+    if slab:
+        yield slab
+
+
+def _pages_of(slab, batch: Batch, requests) -> np.ndarray:
+    """Places in the page table of a slab's pages."""
+    width = batch.page_table.shape[1]
+    return np.concatenate([requests[i].index * width + np.arange(first, end) for i, first, end in slab])
+
+
+def _shared_call(upload: _Upload, batch: Batch, requests, slab) -> Callable[[Callable], Call]:
+    """Each request of a slab, as a whole, over its pages there."""
+    sequences = [(requests[i].first_row, requests[i].queries, (end - first) * PAGE_TOKENS) for i, first, end in slab]
+    return _call(upload, sequences, pages=_pages_of(slab, batch, requests), page_table=batch.page_table)
+
+
+def _tiled_call(upload: _Upload, batch: Batch, requests, tiles, slab) -> Callable[[Callable], Call]:
+    """Each tile over the part of a slab's pages that is below its border."""
+    sequences, table, at = [], [], 0
+    widest = max(end - first for _, first, end in slab)
+    for i, first, end in slab:
+        blocks = np.minimum(at + np.arange(widest), at + end - first - 1)
+        for tile in tiles[i]:
+            if tile.compressed > first * PAGE_TOKENS:
+                keys = min(tile.compressed, end * PAGE_TOKENS) - first * PAGE_TOKENS
+                sequences.append((requests[i].first_row + tile.row, tile.queries, keys))
+                table.append(blocks)
+        at += end - first
+    pages = _pages_of(slab, batch, requests)
+    return _call(upload, sequences, np.array(table), pages=pages, page_table=batch.page_table)

@@ -1,0 +1,56 @@
+"""Two engines, one after the other, answer alike: with other ops, with too little memory, with other options."""
+
+import pytest
+
+from tests.gpu.serving import TIE, ask, engine, forced, same
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+
+
+def test_preempted_requests_end_as_they_would_have(model):
+    prompts = [model[1][100 * i : 100 * i + 180 + 17 * i] for i in range(8)]
+    with engine(model[0]) as large:
+        want = ask(large, prompts, 450)
+    with engine(model[0], num_gpu_blocks_override=32, max_model_len=2048, max_num_batched_tokens=512) as small:
+        got = ask(small, prompts, 450)
+        preempted = sum(m.value for m in small.get_metrics() if m.name == "vllm:num_preemptions")
+    assert preempted > 0
+    assert all(same(a, b) for a, b in zip(want, got))
+
+
+def test_reference_ops_choose_the_same_tokens(model):
+    """Teacher forcing: what the CUDA ops decoded, and a text, judged position by position by the reference ops."""
+    prompts, text = [model[1][:n] for n in (900, 2000)], model[1][5000:8000]
+    with engine(model[0]) as llm:
+        answers, mine = ask(llm, prompts, 200), forced(llm, text)
+    with engine(model[0], "reference") as other:
+        decoded = [forced(other, p + a.tokens)[len(p) - 1 :] for p, a in zip(prompts, answers)]
+        theirs = forced(other, text)
+    agree = [best == token for steps, a in zip(decoded, answers) for (best, _), token in zip(steps, a.tokens)]
+    agree += [a[0] == b[0] for a, b in zip(mine, theirs)]
+    share = sum(agree) / len(agree)
+    assert share >= (0.99 if model[2] else 0.95), share  # random weights have more near-ties
+    assert max(lead for steps in decoded for _, lead in steps) < 2 * TIE
+
+
+@pytest.mark.parametrize("chunk", [300, 1000, 4096])
+def test_chunk_sizes_change_no_prompt_logprob_beyond_noise(model, chunk):
+    """In the reference ops' eyes; so a chunk's tiles, slabs and merges are right whatever the chunk."""
+    text = model[1][3000:7000]
+    with engine(model[0], max_num_batched_tokens=chunk, options={"prefill_workspace_mib": 1}) as llm:
+        mine = forced(llm, text)
+    with engine(model[0], "reference", max_num_batched_tokens=chunk) as other:
+        theirs = forced(other, text)
+    equal = sum(a[0] == b[0] for a, b in zip(mine, theirs)) / len(mine)
+    assert equal >= (0.98 if model[2] else 0.95), equal
+    assert sum(abs(a[1] - b[1]) for a, b in zip(mine, theirs)) / len(mine) < TIE / 4
+
+
+@pytest.mark.parametrize("options", [{"value_axis": "token"}, {"preset": "balanced", "local_window": 512}], ids=str)
+def test_other_options(model, options):
+    with engine(model[0], options=options, enforce_eager=True) as llm:
+        prompt = model[1][:2500]
+        (answer,) = ask(llm, [prompt], 40)
+        assert max(lead for _, lead in forced(llm, prompt + answer.tokens)[2499:]) < 2 * TIE
+        (again,) = ask(llm, [prompt], 40)
+        assert again.cached == 2304 and same(answer, again)

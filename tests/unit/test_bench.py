@@ -1,0 +1,306 @@
+"""The benchmarks' cases and what follows from them, and their caches and checks on tiny shapes."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hierasparse_vllm import results
+from hierasparse_vllm.bench import cases, gate, kernels, timing
+from hierasparse_vllm.bench.caches import Caches
+from hierasparse_vllm.bench.cases import CASES, Case
+from hierasparse_vllm.cli import main
+from hierasparse_vllm.ops.reference import ReferenceOps
+from hierasparse_vllm.page import PAGE_TOKENS
+
+ROOT = Path(__file__).resolve().parents[2]
+# Not by its name, which the tests' own helper has too.
+_spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks" / "serving.py")
+serving_benchmark = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(serving_benchmark)
+
+
+def documented(section):
+    """The ids in the first column of a section's table in docs/benchmarks.md."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [id for row in rows for id in re.findall(r"`([^`]+)`", row)]
+
+
+def tiny(work="attend", batch=2, tokens=1030, queries=1, options=cases.TOKEN, **kw):
+    kw = {"heads": 4, "kv_heads": 2, "head_size": 64, **kw}
+    return Case("tiny", work, batch, tokens, queries, None, options=options, **kw)
+
+
+def caches(case, ops=None, sets=1):
+    return Caches(case, ops or ReferenceOps(), torch.device("cpu"), sets, pattern=(2, 2))
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------------
+def test_the_docs_list_every_case_once():
+    assert sorted(documented("Kernels")) == sorted(case.id for case in CASES)
+    assert sorted(documented("Serving")) == sorted(serving_benchmark.CASES)
+
+
+def test_ids_say_what_is_measured():
+    for case in CASES:
+        if shape := re.match(r"decode-b(\d+)-s(\d+)", case.id):
+            assert (case.batch, case.tokens) == tuple(map(int, shape.groups()))
+        if shape := re.match(r"chunk(\d+)-ctx(\d+)", case.id):
+            assert (case.queries, case.tokens) == tuple(map(int, shape.groups()))
+        if shape := re.match(r"decode-(d|gqa)(\d+)", case.id):
+            of = {"d": case.head_size, "gqa": case.heads // case.kv_heads}
+            assert of[shape[1]] == int(shape[2])
+        assert case.captured == case.id.startswith(("decode", "update"))
+
+
+def test_decode_cases_have_the_mean_the_sink_and_the_window_of_the_defaults():
+    for case in CASES:
+        options = case.row()["options"]
+        assert (options["key_mean"], options["sink_tokens"], options["local_window"]) == (True, 1, 256)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_bytes_follow_from_the_page_layout(case):
+    layout, dense_row = case.layout, 2 * case.head_size * 2 * case.kv_heads
+    if case.work == "update":
+        filled = sum(position % PAGE_TOKENS == PAGE_TOKENS - 1 for position in range(case.computed, case.tokens))
+        new = case.batch * case.queries * dense_row
+        assert case.bytes == 2 * new + case.batch * filled * layout.page_bytes(case.kv_heads)
+        return
+    # Never more than the whole pages and the whole window; what is left out are padding and sink rows.
+    pages = case.compressed // PAGE_TOKENS
+    most = case.batch * (pages * layout.page_bytes(case.kv_heads) + (case.tokens - case.compressed) * dense_row)
+    skipped = 2 * layout.sink_bytes + 4 * layout.head_size
+    assert most - case.batch * pages * case.kv_heads * skipped <= case.bytes < most
+
+
+def test_operations_are_those_of_dense_causal_attention():
+    case = tiny(tokens=10, queries=4)
+    assert case.flops == case.batch * case.heads * case.head_size * 4 * (7 + 8 + 9 + 10)
+
+
+def test_sets_are_rotated_until_the_l2_cache_holds_none():
+    l2 = 60 << 20
+    for case in CASES:
+        sets = case.sets(l2)
+        assert sets == 1 if not case.captured else sets * case.bytes >= 8 * l2 or sets == cases.MOST_SETS
+    assert next(case for case in CASES if case.id == "decode-b1-s32768").sets(l2) > 1
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+def test_list_needs_no_gpu(capsys):
+    assert main(["bench", "kernels", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [case.id for case in CASES]
+    assert main(["bench", "kernels", "--list", "--only", "decode-d*", "update-*"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "decode-d64", "decode-d256", "update-decode",
+    ]  # fmt: skip
+
+
+def test_a_glob_without_a_case_and_a_missing_gpu_are_told_in_one_sentence(capsys):
+    assert main(["bench", "kernels", "--list", "--only", "nothing"]) == 2
+    assert "no case matches nothing" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["bench", "kernels"]) == 2
+        assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_the_scripts_of_the_repository_list_the_same_cases():
+    for script, ids in (("kernels.py", [case.id for case in CASES]), ("serving.py", list(serving_benchmark.CASES))):
+        command = [sys.executable, ROOT / "benchmarks" / script, "--list"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert [line.split()[0] for line in shown.splitlines() if not line.startswith("id ")] == ids
+
+
+# ---- measuring, with the reference ops and a clock of our own ------------------------------------------------------
+@pytest.fixture
+def measured(monkeypatch):
+    """`kernels.measure` on a CPU: the ops given, no rival but a no-op, and every run takes as long as asked."""
+
+    def measure(case, ops=None, ours=2e-5, rival=3e-5):
+        monkeypatch.setattr(kernels, "cuda_ops", lambda case, device: ops or ReferenceOps())
+        monkeypatch.setattr(kernels.rivals, "variants", lambda case, sets, device: {"a": [id] * sets, "b": [id] * sets})
+        seconds = {kernels.OURS: ours, "a": 2 * rival, "b": rival}
+        monkeypatch.setattr(timing, "alternate", lambda runs, n: {name: seconds[name] for name in runs})
+        monkeypatch.setattr(timing, "captured", timing.eager)
+        monkeypatch.setattr(kernels, "l2_bytes", lambda device: 1)
+        monkeypatch.setattr(kernels, "Caches", lambda *a: Caches(*a, pattern=(2, 2)))
+        return kernels.measure(case, torch.device("cpu"), 4e12, quick=True)
+
+    return measure
+
+
+def test_a_measured_case_is_a_row_and_the_fastest_rival_counts(measured):
+    row = measured(tiny(tokens=800, options={}))
+    assert tuple(row) == results.FIELDS
+    assert (row["gate"], row["unit"], row["ours"], row["rival"], row["ratio"]) == ("green", "us", 20, 30, 1.5)
+    about = json.loads(json.dumps(row))["case"]
+    assert about["rival_variant"] == "b" and about["tokens"] == 800 and about["options"]["preset"] == "balanced"
+    assert about["of_copy"] == pytest.approx(about["bytes"] / 20e-6 / 4e12, rel=1e-3)
+    line = kernels.line(row, replace(tiny(), target=1.6))
+    assert "1.50" in line and line.endswith("1.60 MISSED")
+
+
+def test_rates_and_operations_have_their_own_columns(measured):
+    row = measured(tiny("update", tokens=512, queries=512, rival=cases.COPY))
+    assert row["unit"] == "GB/s" and row["ratio"] == pytest.approx(1.5, rel=1e-3)
+    assert row["ours"] == pytest.approx(row["case"]["bytes"] / 20e-6 / 1e9, rel=1e-3)
+    case = tiny(tokens=900, queries=300)
+    assert measured(case)["case"]["tflops"] == pytest.approx(case.flops / 20e-6 / 1e12, rel=1e-3)
+
+
+class Wrong(ReferenceOps):
+    """Right but for a share of each output."""
+
+    def __init__(self, error=0.05):
+        self.error = error
+
+    def attend(self, query, batch, window, pages, layout, policy, scale, out):
+        super().attend(query, batch, window, pages, layout, policy, scale, out)
+        out += self.error * out
+
+    def update(self, key, value, batch, window, pages, layout, policy):
+        filled = super().update(key, value, batch, window, pages, layout, policy)
+        window[batch.slots[-1] // batch.window_block, 0, 0, 0] = 1
+        return filled
+
+
+@pytest.mark.parametrize("case", [tiny(), tiny("update", tokens=300)], ids=["attend", "update"])
+def test_a_red_case_has_no_speed(measured, case):
+    row = measured(case, Wrong())
+    assert (row["gate"], row["ours"], row["rival"], row["ratio"]) == ("red", None, None, None)
+    assert "us" not in row["case"] and "RED" in kernels.line(row, case)
+
+
+def test_bits_that_change_while_it_is_measured_are_red(measured):
+    class Drifting(ReferenceOps):
+        calls = 0
+
+        def attend(self, query, batch, window, pages, layout, policy, scale, out):
+            super().attend(query, batch, window, pages, layout, policy, scale, out)
+            self.calls += 1
+            if self.calls > 1:
+                out[0, 0, 0] += 0.001
+
+    row = measured(tiny(tokens=300), Drifting())
+    assert row["gate"] == "red" and row["ours"] is None and "other bits" in row["case"]["check"]
+
+
+# ---- caches and checks ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [cases.TOKEN, cases.CHANNEL, {}, {"preset": "quality"}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [{"tokens": 1030}, {"tokens": 1024, "head_size": 128}, {"batch": 1, "tokens": 1500, "queries": 600}],
+    ids=["decode", "d128", "prefill"],
+)
+def test_the_reference_ops_pass_the_check_of_attention(shape, options):
+    good, why = gate.check(caches(tiny(options=options, **shape), sets=2), 8)
+    assert good, why
+
+
+def test_an_output_that_was_not_written_fails():
+    class Lazy(ReferenceOps):
+        def attend(self, query, batch, window, pages, layout, policy, scale, out):
+            super().attend(query, batch, window, pages, layout, policy, scale, out)
+            out[-1, -1, -1] = torch.nan
+
+    assert gate.check(caches(tiny(), Lazy()), 8) == (False, "values of the output are missing or not finite")
+
+
+@pytest.mark.parametrize("tokens, queries", [(300, 1), (512, 1), (1500, 600), (512, 512)])
+def test_the_reference_ops_pass_the_check_of_updates(tokens, queries):
+    good, why = gate.check(caches(tiny("update", tokens=tokens, queries=queries, options={}), sets=2), 8)
+    assert good, why
+
+
+def test_everything_that_is_not_read_is_nan():
+    """With fewer pages or a shorter window the reference would read NaN: so nothing beyond them was written."""
+    case = tiny()
+    cache = caches(case)
+    (step,) = cache.steps
+    read = step.batch.page_table[:, : case.compressed // PAGE_TOKENS]
+    block = cache.window_block
+    in_window = step.batch.window_table[:, case.window_from // block :]
+    written = set(read.flatten().tolist()) | set(in_window.flatten().tolist())
+    rest = [i for i in range(len(cache.pool)) if i not in written]
+    assert len(written) == read.numel() + in_window.numel() and 0 in rest
+    assert (cache.pool[rest] == 255).all()
+    assert set(step.batch.window_table[:, : case.window_from // block].flatten().tolist()) <= {0, cache.stale}
+    end = case.tokens % block
+    assert cache.window[in_window[:, -1].long(), :, end:].isnan().all()
+
+
+def test_first_pages_are_copies_of_first_pages():
+    cache = caches(tiny(), sets=3)
+    for step in cache.steps:
+        assert set(step.copied[:, 0].tolist()) <= set(cache.first.tolist())
+        assert not set(step.copied[:, 1:].flatten().tolist()) & set(cache.first.tolist())
+
+
+def test_samples_are_the_first_the_last_and_others():
+    generator = torch.Generator().manual_seed(0)
+    assert gate.samples(2, 2, 8, generator) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    chosen = gate.samples(4, 1000, 8, generator)
+    assert (0, 0) in chosen and (3, 999) in chosen and 2 < len(chosen) <= 8
+
+
+# ---- serving -------------------------------------------------------------------------------------------------------
+def serving_rows(measured):
+    args = serving_benchmark.arguments().parse_args(["--model", "some/llama"])
+    return serving_benchmark.rows(measured, args)
+
+
+def one(value, good=True):
+    return {"value": value, "good": good, "about": {}}
+
+
+def test_serving_rows_come_with_each_rival_that_was_measured():
+    measured = {
+        "ours": {"serve-decode-8x32768": one(10.0), "serve-resident-32768": one(40), "serve-prefill-8x8192": one(9.0)},
+        "stock": {"serve-decode-8x32768": one(13.0), "serve-resident-32768": one(25, good=False)},
+        "fp8": {"serve-decode-8x32768": one(9.0)},
+    }
+    rows = {row["id"]: row for row in serving_rows(measured)}
+    assert list(rows) == ["serve-decode-8x32768", "serve-decode-8x32768-vs-fp8", "serve-resident-32768"]
+    assert all(tuple(row) == results.FIELDS for row in rows.values())
+    assert [row["ratio"] for row in rows.values()] == [1.3, 0.9, 1.6]
+    assert [row["gate"] for row in rows.values()] == ["green", "green", "red"]
+    assert rows["serve-decode-8x32768"]["case"]["requests"] == 8
+    shown = serving_benchmark.table(list(rows.values()))
+    assert "1.33 MISSED" in shown and "RED: stock" in shown and "25" not in shown.replace("32768", "")
+
+
+def test_other_serving_cases_of_the_same_form_can_be_named():
+    assert serving_benchmark.Case.parse("serve-decode-2x600") == ("serve-decode-2x600", "decode", 2, 600)
+    assert serving_benchmark.Case.parse("serve-resident-600").part == serving_benchmark.RESIDENT
+    with pytest.raises(SystemExit, match="no case"):
+        serving_benchmark.Case.parse("serve-decode-2")
+
+
+@pytest.mark.parametrize("fits, held", [(5, 10), (7, 10), (3, 10), (1, 60), (0, 100)])
+def test_the_largest_number_that_fits_is_searched_from_the_blocks_of_one_request(monkeypatch, fits, held):
+    class Engine(serving_benchmark.Engine):
+        def __init__(self):
+            self.engine, self.runs = None, []
+
+        def blocks(self):
+            return 51
+
+        def fit(self, requests, tokens):
+            self.runs.append(requests)
+            return requests <= fits
+
+    monkeypatch.setitem(sys.modules, "residency", SimpleNamespace(held_by_request=lambda llm, tokens: (0, held)))
+    engine = Engine()
+    most, tried = engine.resident(1000)
+    assert most == fits and tried.get(fits + 1) is False and (fits == 0 or tried[fits])
+    assert len(set(engine.runs)) == len(engine.runs)

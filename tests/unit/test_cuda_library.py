@@ -1,0 +1,60 @@
+"""Operators hand the extension arguments that it takes: without a GPU they fail at the launch, not before."""
+
+import pytest
+import torch
+
+from hierasparse_vllm import extension
+from hierasparse_vllm.ops import cuda
+from hierasparse_vllm.ops.cuda import library
+from hierasparse_vllm.page import PageLayout
+
+LAYOUT = PageLayout(64, 2, 4, 2, "channel", 1, True)
+HEADS, ROWS = 2, 3
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def bf16(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+PAGES = torch.zeros(4, HEADS, LAYOUT.head_bytes, dtype=torch.uint8)
+WINDOW = bf16(4, HEADS, 128, 2 * 64)
+STEP = (ints(4), ints(3), ints(3, 5), ints(3, 7), [128, 256, 0])
+LAYER = (ints(HEADS, 64), cuda._layout(LAYOUT))
+SLOTS, COUNT = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+KEY, QUERY, WEIGHT = bf16(ROWS, HEADS, 64), bf16(ROWS, 6, 64), torch.zeros(HEADS, 64)
+FLOATS, LSE = torch.zeros(1 << 16), torch.zeros(6, ROWS)
+STORE = (KEY, KEY.clone(), SLOTS, ROWS, WINDOW, PAGES, COUNT, *STEP, *LAYER)
+CALLS = {
+    "store_compress": (*STORE, None, True, False, 132),
+    "store_compress with weights": (*STORE, WEIGHT, False, True, 132),
+    "decode": (QUERY, QUERY.clone(), WINDOW, PAGES, *STEP, *LAYER, 0.1, 16, 8, FLOATS, ints(8)),
+    "expand": (PAGES, WINDOW, ints(1), bf16(1, 256, HEADS, 64), bf16(1, 256, HEADS, 64), *LAYER),
+    "merge": (QUERY, LSE, QUERY.clone(), LSE.clone(), ints(ROWS)),
+    "merge into float32": (QUERY.float(), LSE, QUERY.clone(), LSE.clone(), None),
+    "merge of float32": (QUERY, LSE, QUERY.float(), LSE.clone(), None),
+}
+
+
+@pytest.mark.skipif(extension.load() is None, reason="the CUDA extension is not built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would read these addresses")
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_reach_the_launch(name, monkeypatch):
+    monkeypatch.setattr(library, "_stream", lambda: 0)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        getattr(library, name.split()[0])(*CALLS[name])
+
+
+def test_what_a_kernel_could_not_read_is_refused():
+    with pytest.raises(AssertionError, match="channels of a head"):
+        library._row_strides(QUERY.transpose(1, 2))
+    with pytest.raises(AssertionError, match="int32"):
+        library._batch(SLOTS, *STEP[1:])
+    if extension.load() is not None:
+        with pytest.raises(AssertionError, match="heads of a page"):
+            library._cache(PAGES.transpose(0, 1), WINDOW, LAYER[1])
+        with pytest.raises(AssertionError, match="window block"):
+            library._cache(PAGES, WINDOW.transpose(1, 2), LAYER[1])
