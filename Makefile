@@ -32,4 +32,4 @@ lint: env  ## check the code with ruff
 	$(VENV) -m ruff check .
 
 clean:  ## remove everything that these targets made
-	rm -rf .venv .cache build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .cache build dist *.egg-info hierasparse_vllm/_C*.so .pytest_cache .hypothesis .ruff_cache

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """`hierasparse bench kernels`, with the results of this repository as the file to update.
 
-    python benchmarks/kernels.py --list
-    python benchmarks/kernels.py                        # all cases, on one GPU: about two minutes
-    python benchmarks/kernels.py --only 'decode-b8-*' --quick
+python benchmarks/kernels.py --list
+python benchmarks/kernels.py                        # all cases, on one GPU: about two minutes
+python benchmarks/kernels.py --only 'decode-b8-*' --quick
 """
 
 import sys

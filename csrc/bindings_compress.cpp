@@ -6,9 +6,8 @@ namespace hierasparse {
 
 static void store_compress(const Batch& batch, const Cache& cache, uintptr_t key, uintptr_t value,
                            int64_t key_row_stride, int64_t key_head_stride, int64_t value_row_stride,
-                           int64_t value_head_stride, uintptr_t slots, int rows, uintptr_t k_order,
-                           uintptr_t k_weight, bool rescale_k, bool rescale_v, uintptr_t pages_compressed, int sms,
-                           uintptr_t stream) {
+                           int64_t value_head_stride, uintptr_t slots, int rows, uintptr_t k_order, uintptr_t k_weight,
+                           bool rescale_k, bool rescale_v, uintptr_t pages_compressed, int sms, uintptr_t stream) {
   require(rows >= 0, "rows must not be negative");
   require(sms > 0, "sms must be positive");
   strides({key_row_stride, key_head_stride, value_row_stride, value_head_stride}, "strides of key and value");
@@ -35,8 +34,8 @@ void bind_compress(py::module_& m) {
   m.def("store_compress", &store_compress, py::arg("batch"), py::arg("cache"), py::kw_only(), py::arg("key"),
         py::arg("value"), py::arg("key_row_stride"), py::arg("key_head_stride"), py::arg("value_row_stride"),
         py::arg("value_head_stride"), py::arg("slots"), py::arg("rows"), py::arg("k_order"), py::arg("k_weight") = 0,
-        py::arg("rescale_k"), py::arg("rescale_v"), py::arg("pages_compressed") = 0, py::arg("sms"),
-        py::arg("stream"), "Write a step's keys and values into the window, and every page that the step fills");
+        py::arg("rescale_k"), py::arg("rescale_v"), py::arg("pages_compressed") = 0, py::arg("sms"), py::arg("stream"),
+        "Write a step's keys and values into the window, and every page that the step fills");
 }
 
 }  // namespace hierasparse

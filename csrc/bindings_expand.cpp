@@ -8,15 +8,9 @@ static void expand(const Cache& cache, uintptr_t pages, int count, uintptr_t k, 
                    int64_t token_stride, int64_t head_stride, uintptr_t k_order, uintptr_t stream) {
   require(count >= 0, "count must not be negative");
   strides({page_stride, token_stride, head_stride}, "page_stride, token_stride and head_stride");
-  const ExpandParams params{cache,
-                            ints(pages, "pages"),
-                            count,
-                            pointer<void>(k, "k"),
-                            pointer<void>(v, "v"),
-                            page_stride,
-                            token_stride,
-                            head_stride,
-                            ints(k_order, "k_order")};
+  const ExpandParams params{
+      cache,       ints(pages, "pages"), count,       pointer<void>(k, "k"),   pointer<void>(v, "v"),
+      page_stride, token_stride,         head_stride, ints(k_order, "k_order")};
   launch_expand(params, reinterpret_cast<cudaStream_t>(stream));
 }
 

@@ -25,12 +25,12 @@ struct Batch {
 
 // The caches of a layer.
 struct Cache {
-  uint8_t* pages;         // a block is [kv_heads] regions of layout.head_bytes()
-  uint8_t* window;        // a block is [kv_heads, window_block, 2 * head_size] values, K then V
-  int64_t page_stride;    // bytes from a block to the next; both tables count blocks of one pool
+  uint8_t* pages;       // a block is [kv_heads] regions of layout.head_bytes()
+  uint8_t* window;      // a block is [kv_heads, window_block, 2 * head_size] values, K then V
+  int64_t page_stride;  // bytes from a block to the next; both tables count blocks of one pool
   int64_t window_stride;
   int kv_heads;
-  int value_axis_token;   // V's groups of four lie along tokens
+  int value_axis_token;  // V's groups of four lie along tokens
   PageLayout layout;
   Dtype dtype;
 };

@@ -60,7 +60,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def commit() -> str:
-    """Commit of the checkout that the package lies in, with "+" if it has changes; else GIT_COMMIT, else "unknown"."""
+    """GIT_COMMIT, else the commit of the checkout that the package lies in, with "+" if it has changes, else "unknown".
+
+    The variable comes first: a copy of the tree on another machine may have a git history that is not this tree's.
+    """
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
     root = Path(__file__).resolve().parents[1]
 
     def git(*command: str) -> str:
@@ -70,7 +75,7 @@ def commit() -> str:
         # An environment inside some other project's checkout has that project's commit, which says nothing.
         if Path(git("rev-parse", "--show-toplevel")) == root:
             return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    return os.environ.get("GIT_COMMIT", "unknown")
+    return "unknown"
 
 
 def versions() -> dict[str, str]:

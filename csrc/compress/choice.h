@@ -129,9 +129,7 @@ HS_HD inline uint32_t sparse_mask(const uint32_t (&losses)[kSubs], int sparse) {
 HS_HD inline float sum_of_squares(const float (&s)[4]) {
   return add(add(mul(s[0], s[0]), mul(s[1], s[1])), add(mul(s[2], s[2]), mul(s[3], s[3])));
 }
-HS_HD inline float kept_squares(const Chosen& c) {
-  return add(mul(c.kept[0], c.kept[0]), mul(c.kept[1], c.kept[1]));
-}
+HS_HD inline float kept_squares(const Chosen& c) { return add(mul(c.kept[0], c.kept[0]), mul(c.kept[1], c.kept[1])); }
 
 // Factor that gives the kept values of a token the norm of the whole token: `whole` and `kept` are sums of squared
 // scores. At most the root of 2, since two of four are kept. The float32 root is the correctly rounded one, as is the

@@ -131,8 +131,9 @@ __device__ __forceinline__ void compress_unit(const StoreCompressParams& p, Shar
   });
   for (int sub = 0; sub < kSubs; ++sub) {
     if (mask >> sub & 1) {
-      emit_meta(shared, sub, unit.region + (unit.is_value ? layout.v_sub(mask, sub) : layout.k_sub(mask, sub)) +
-                                 layout.sparse_value_bytes());
+      emit_meta(shared, sub,
+                unit.region + (unit.is_value ? layout.v_sub(mask, sub) : layout.k_sub(mask, sub)) +
+                    layout.sparse_value_bytes());
     }
   }
 }

@@ -33,13 +33,10 @@ __device__ __forceinline__ void choose_keys(Shared<S>& shared, const Unit& unit,
         nibbles[q] = 0;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          auto value = [&](uint32_t channel) {
-            return unpack<typename S::T>(value_bits(shared, rows[r] ^ channel)).x;
-          };
-          const float s[4] = {score(add(value(at.x & 0xffff), -mean.x), weight.x),
-                              score(add(value(at.x >> 16), -mean.y), weight.y),
-                              score(add(value(at.y & 0xffff), -mean.z), weight.z),
-                              score(add(value(at.y >> 16), -mean.w), weight.w)};
+          auto value = [&](uint32_t channel) { return unpack<typename S::T>(value_bits(shared, rows[r] ^ channel)).x; };
+          const float s[4] = {
+              score(add(value(at.x & 0xffff), -mean.x), weight.x), score(add(value(at.x >> 16), -mean.y), weight.y),
+              score(add(value(at.y & 0xffff), -mean.z), weight.z), score(add(value(at.y >> 16), -mean.w), weight.w)};
           const Chosen chosen = choose(s);
           nibbles[q] |= chosen.code << (4 * t + 16 * r);
           squares[q][r] = sum_of_squares(s);

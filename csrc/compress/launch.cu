@@ -1,11 +1,11 @@
 // Chooses the instantiation; the kernels themselves are compiled in instantiations/.
-#include "launch.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "launch.h"
 
 namespace hierasparse {
 namespace compress {
@@ -32,9 +32,12 @@ int shared_limit() {
 template <typename T>
 cudaError_t with_dtype(const StoreCompressParams& p, cudaStream_t stream) {
   switch (p.cache.layout.head_size) {
-    case 64: return run<T, 64>(p, shared_limit(), stream);
-    case 128: return run<T, 128>(p, shared_limit(), stream);
-    case 256: return run<T, 256>(p, shared_limit(), stream);
+    case 64:
+      return run<T, 64>(p, shared_limit(), stream);
+    case 128:
+      return run<T, 128>(p, shared_limit(), stream);
+    case 256:
+      return run<T, 256>(p, shared_limit(), stream);
     default:
       throw std::runtime_error("HieraSparse: store and compress has kernels for head sizes 64, 128 and 256, not for " +
                                std::to_string(p.cache.layout.head_size) + ".");

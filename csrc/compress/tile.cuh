@@ -33,29 +33,29 @@ struct Shape {
 struct Unit {
   int request, page, head;  // page: number in the request
   bool is_value;
-  int sparse;               // sub-blocks of this side
+  int sparse;  // sub-blocks of this side
   bool rescale;
-  uint8_t* region;          // of the head, in the page; null: nothing to do
+  uint8_t* region;  // of the head, in the page; null: nothing to do
 };
 
 template <class S>
 struct Shared {
   alignas(1024) uint8_t tile[S::kTile * 2 * S::kD];  // rows of 2 kD bytes, their 16-byte pieces permuted by swizzle()
   union {
-    float4 partial[S::kRuns][S::kQuads];     // sums of runs of rows
-    uint32_t meta[kSubs][S::kMetaWords];     // then metadata, where the page has it
+    float4 partial[S::kRuns][S::kQuads];  // sums of runs of rows
+    uint32_t meta[kSubs][S::kMetaWords];  // then metadata, where the page has it
   };
-  uint2 channels[S::kQuads];                 // of K, four a group: byte offset of the channel at each place
-  float4 mean[S::kQuads];                    // of K, by place; zero without mean
-  float4 weight[S::kQuads];                  // of K, by place; one without weights
-  float by_channel[S::kTiles][S::kD];        // sums of the tiles; then, in the first row, the mean
-  float factor[kPageTokens];                 // of each token, from norms
-  const uint8_t* source[kPageTokens];        // row of each token in global memory
-  int pages_before[S::kThreads + 1];         // pages that requests before this one fill
+  uint2 channels[S::kQuads];           // of K, four a group: byte offset of the channel at each place
+  float4 mean[S::kQuads];              // of K, by place; zero without mean
+  float4 weight[S::kQuads];            // of K, by place; one without weights
+  float by_channel[S::kTiles][S::kD];  // sums of the tiles; then, in the first row, the mean
+  float factor[kPageTokens];           // of each token, from norms
+  const uint8_t* source[kPageTokens];  // row of each token in global memory
+  int pages_before[S::kThreads + 1];   // pages that requests before this one fill
   int warp_total[S::kWarps];
-  Unit unit;                                 // here, and not in registers, which are scarce
+  Unit unit;  // here, and not in registers, which are scarce
   uint32_t losses[kSubs];
-  uint32_t top;                              // bits of the largest finite score
+  uint32_t top;  // bits of the largest finite score
 };
 
 // ---- rows of the tile ------------------------------------------------------------------------------------------

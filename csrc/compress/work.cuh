@@ -106,8 +106,8 @@ __device__ __forceinline__ void find_unit(const StoreCompressParams& p, Shared<S
   unit.rescale = (unit.is_value ? p.rescale_v : p.rescale_k) != 0;
   const int64_t id = p.batch.page_table[unit.request * p.batch.page_table_stride + unit.page];
   // Warm-up steps run on the null block, which is never written.
-  unit.region = id <= 0 ? nullptr
-                        : p.cache.pages + id * p.cache.page_stride + int64_t{unit.head} * p.cache.layout.head_bytes();
+  unit.region =
+      id <= 0 ? nullptr : p.cache.pages + id * p.cache.page_stride + int64_t{unit.head} * p.cache.layout.head_bytes();
   if (side == 0 && id > 0 && p.pages_compressed != nullptr) {
     atomicAdd(reinterpret_cast<unsigned long long*>(p.pages_compressed), 1ull);
   }

@@ -35,8 +35,8 @@ template <typename T>
 __device__ __forceinline__ uint32_t add2(uint32_t pair, float low, float high);
 template <>
 __device__ __forceinline__ uint32_t add2<__nv_bfloat16>(uint32_t pair, float low, float high) {
-  const __nv_bfloat162 sum = __floats2bfloat162_rn(__uint_as_float(pair << 16) + low,
-                                                   __uint_as_float(pair & 0xffff0000u) + high);
+  const __nv_bfloat162 sum =
+      __floats2bfloat162_rn(__uint_as_float(pair << 16) + low, __uint_as_float(pair & 0xffff0000u) + high);
   return reinterpret_cast<const uint32_t&>(sum);
 }
 template <>
@@ -145,7 +145,8 @@ __device__ __forceinline__ void scatter_channel_v(const uint8_t* sub, Rows<D> ro
   }
 }
 
-// Groups along tokens.  A unit is 64 channels of 32 tokens: one fragment of each of the four row tiles that share lanes.
+// Groups along tokens.  A unit is 64 channels of 32 tokens: one fragment of each of the four row tiles that share
+// lanes.
 template <int D>
 __device__ __forceinline__ void scatter_token_v(const uint8_t* sub, Rows<D> rows, int warp, int lane) {
   constexpr int kUnits = D / 64 * 2;
@@ -170,7 +171,8 @@ __device__ __forceinline__ void scatter_token_v(const uint8_t* sub, Rows<D> rows
       for (int token = 0; token < 4; ++token) {
         const uint32_t select = token % 2 ? 0x7632 : 0x5410;  // the high, or the low, halves of two words
         auto pair = [&](int j) {
-          return token < 2 ? __byte_perm(four[j].x, four[j + 1].x, select) : __byte_perm(four[j].y, four[j + 1].y, select);
+          return token < 2 ? __byte_perm(four[j].x, four[j + 1].x, select)
+                           : __byte_perm(four[j].y, four[j + 1].y, select);
         };
         rows.put4(4 * group + token, channel, {pair(0), pair(2)});
       }

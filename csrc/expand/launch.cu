@@ -1,9 +1,8 @@
-#include "launch.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "kernel.cuh"
+#include "launch.h"
 #include "merge.cuh"
 
 namespace hierasparse {
@@ -20,10 +19,17 @@ template <typename T>
 void expand_typed(const ExpandParams& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(int64_t{p.count} * p.cache.kv_heads * expand::kParts);
   switch (p.cache.layout.head_size) {
-    case 64: expand::expand_pages<T, 64><<<blocks, expand::kThreads, 0, stream>>>(p); break;
-    case 128: expand::expand_pages<T, 128><<<blocks, expand::kThreads, 0, stream>>>(p); break;
-    case 256: expand::expand_pages<T, 256><<<blocks, expand::kThreads, 0, stream>>>(p); break;
-    default: throw std::runtime_error("HieraSparse: expand takes head sizes 64, 128 and 256.");
+    case 64:
+      expand::expand_pages<T, 64><<<blocks, expand::kThreads, 0, stream>>>(p);
+      break;
+    case 128:
+      expand::expand_pages<T, 128><<<blocks, expand::kThreads, 0, stream>>>(p);
+      break;
+    case 256:
+      expand::expand_pages<T, 256><<<blocks, expand::kThreads, 0, stream>>>(p);
+      break;
+    default:
+      throw std::runtime_error("HieraSparse: expand takes head sizes 64, 128 and 256.");
   }
 }
 

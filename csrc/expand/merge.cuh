@@ -55,10 +55,13 @@ __global__ void __launch_bounds__(kThreads) merge_rows(const MergeParams p) {
   if (theirs == -INFINITY) return;
 
   const int value_bytes = p.out_float ? 4 : 2, part_bytes = p.part_float ? 4 : 2;
-  uint8_t* const out = static_cast<uint8_t*>(p.out) + to * p.out_stride + (head * p.head_size + chunk * kValues) * value_bytes;
+  uint8_t* const out =
+      static_cast<uint8_t*>(p.out) + to * p.out_stride + (head * p.head_size + chunk * kValues) * value_bytes;
   float a[kValues], b[kValues];
-  load<T>(b, static_cast<const uint8_t*>(p.part) + row * p.part_stride + (head * p.head_size + chunk * kValues) * part_bytes,
-          p.part_float);
+  load<T>(
+      b,
+      static_cast<const uint8_t*>(p.part) + row * p.part_stride + (head * p.head_size + chunk * kValues) * part_bytes,
+      p.part_float);
   float lse = theirs;
   if (mine != -INFINITY) {
     load<T>(a, out, p.out_float);

@@ -1,4 +1,5 @@
-// Arguments of the two kernels around a prefill with FlashAttention: pages to dense rows, and the merge of partial results.
+// Arguments of the two kernels around a prefill with FlashAttention: pages to dense rows, and the merge of partial
+// results.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,8 @@ struct ExpandParams {
 
 // Attention over two disjoint sets of keys: out and out_lse, which hold the one, get the other merged into them.
 struct MergeParams {
-  void* out;        // rows of [heads, head_size]
-  float* out_lse;   // [heads, out_lse_stride], natural logarithms; -inf: nothing there yet, `out` is not read
+  void* out;              // rows of [heads, head_size]
+  float* out_lse;         // [heads, out_lse_stride], natural logarithms; -inf: nothing there yet, `out` is not read
   const void* part;       // rows of the same shape
   const float* part_lse;  // [heads, part_lse_stride]; -inf: nothing to merge
   int64_t out_stride;     // bytes from a row to the next

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.models import full_model, tokens  # noqa: F401  (fixtures)
+
 
 @pytest.fixture(scope="session")
 def cases():
@@ -12,8 +14,6 @@ def cases():
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Path of a model, tokens for it, whether it is SmolLM2."""
-    from tests.gpu.models import model_and_tokens
-
-    return model_and_tokens(tmp_path_factory.mktemp("model"))
+def model(request):
+    """Path of SmolLM2, and many tokens for it."""
+    return request.getfixturevalue("full_model"), request.getfixturevalue("tokens")

@@ -38,6 +38,7 @@ def test_decode_steps_are_captured_whole_and_scheduling_stays_asynchronous(llm):
 def test_a_cache_hit_gives_the_cold_answer(llm, model):
     for n in (300, 1000, 3000):
         prompt = model[1][:n]
+        assert llm.reset_prefix_cache()  # the prompts begin alike
         (cold,), (warm,) = ask(llm, [prompt]), ask(llm, [prompt])
         assert cold.cached == 0 and warm.cached == (n - 1) // 256 * 256
         assert same(cold, warm), (n, cold, warm)

@@ -34,7 +34,7 @@ def test_a_chunk_behind_a_context(cases, d, axis, dtype):
         check(case, attend(case))
 
 
-@pytest.mark.parametrize("window, own_chunk", itertools.product([0, 256, 1024], [False, True]))
+@pytest.mark.parametrize("window, own_chunk", list(itertools.product([0, 256, 1024], [False, True])))
 @pytest.mark.parametrize("mib", [1, 64])
 def test_several_prefills_between_decodes(cases, window, own_chunk, mib):
     """With 1 MiB each round expands one or two pages; lengths around borders, contexts shorter than the window."""

@@ -73,9 +73,12 @@ def test_without_git_the_variable_says_the_commit(package, monkeypatch):
     assert results.commit() == "abc1234"
 
 
-def test_a_checkout_says_its_commit_and_whether_it_was_changed(package):
+def test_a_checkout_says_its_commit_and_whether_it_was_changed(package, monkeypatch):
     head = checkout(package)
     assert results.commit() == head
+    monkeypatch.setenv("GIT_COMMIT", "abc1234")  # of the machine that the tree came from
+    assert results.commit() == "abc1234"
+    monkeypatch.delenv("GIT_COMMIT")
     (package / "hierasparse_vllm" / "results.py").write_text("changed")
     assert results.commit() == head + "+"
 
