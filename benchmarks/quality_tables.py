@@ -156,6 +156,14 @@ def filled(text: str, tables: dict[str, Any], rows: Rows) -> str:
     return text
 
 
+def fill(places: dict[str, dict[str, Any]], rows: Rows) -> None:
+    """Write the tables of some pages."""
+    for name, tables in places.items():
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8"), tables, rows), encoding="utf-8")
+        print(f"{name}: {', '.join(tables)}")
+
+
 def take(path: Path) -> None:
     """Rows and pictures of a report: into benchmarks/results and docs."""
     from hierasparse_vllm.quality import figures
@@ -172,11 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.report is not None:
         take(args.report)
-    rows = load(ROWS)
-    for name, tables in PLACES.items():
-        path = ROOT / name
-        path.write_text(filled(path.read_text(encoding="utf-8"), tables, rows), encoding="utf-8")
-        print(f"{name}: {', '.join(tables)}")
+    fill(PLACES, load(ROWS))
     return 0
 
 

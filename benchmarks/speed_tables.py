@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Speed tables of README and docs/kernels.md, from the rows in benchmarks/results: no figure there is typed by hand.
+
+    python benchmarks/speed_tables.py
+
+A table stands between marks, as in quality_tables.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
+
+from quality_tables import ROOT, Rows, fill, markdown, spaced
+
+from hierasparse_vllm.bench.cases import CASES
+
+ROWS = ROOT / "benchmarks" / "results" / "h200.json"
+SERVED = {
+    "serve-decode-8x32768": "decode, 8 requests × 32 768 tokens",
+    "serve-decode-32x8192": "decode, 32 × 8 192",
+    "serve-decode-32x512": "decode, 32 × 512",
+}
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f} ×"
+
+
+def place(rows: list[dict[str, Any]]) -> str:
+    """GPU, versions, dates and commits behind some rows."""
+    first = rows[0]["versions"]
+    dates, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("date", "commit"))
+    return f"{first['device']}, vLLM {first['vllm']}, PyTorch {first['torch']}, {dates}, commit {commits}."
+
+
+def of(rows: Rows, ids) -> list[dict[str, Any]]:
+    return [rows[id] for id in ids if id in rows]
+
+
+def serving(rows: Rows) -> list[str]:
+    """Engine steps beside stock vLLM."""
+    found = of(rows, SERVED)
+    body = [
+        [SERVED[r["id"]], f"{r['ours']:.2f} ms", f"{r['rival']:.2f} ms", times(r["ratio"]), f"`{r['id']}`"]
+        for r in found
+    ]
+    head = ["vLLM engine step, Llama-3.1-8B shapes, default preset", "ours", "stock, bf16 cache", "faster", "row"]
+    return [*markdown(head, body), "", place(found)]
+
+
+def decode(rows: Rows) -> list[str]:
+    """Decode kernels: time, rate, ratio, target."""
+    cases = [case for case in CASES if case.id.startswith("decode-") and case.id in rows]
+    body = []
+    for case in cases:
+        r, about = rows[case.id], rows[case.id]["case"]
+        goal = "" if case.target is None else f"{times(case.target)}{'' if r['ratio'] >= case.target else ', missed'}"
+        body.append(
+            [f"`{case.id}`", f"{r['ours']:.1f}", f"{r['rival']:.1f}", f"{about['tb_s']:.2f}",
+             f"{100 * about['of_copy']:.0f} %", times(r["ratio"]), goal]
+        )  # fmt: skip
+    head = ["row", "ours, µs", "FlashAttention-3, µs", "TB/s", "of a device copy", "faster", "target"]
+    return [*markdown(head, body), "", place(of(rows, [case.id for case in cases]))]
+
+
+def others(rows: Rows) -> list[str]:
+    """Compression and prefill."""
+    body = []
+    for id, what, goal in (
+        ("compress-prefill", "store and compress 8 × 8 192 tokens; a device copy of as many bytes", 0.6),
+        ("update-decode", "the same launch when no page fills; vLLM's `reshape_and_cache_flash`", None),
+        ("chunk8192-ctx131072-expand", "prefill, 8 192 queries at 131 072 tokens; FlashAttention-3", 0.93),
+        ("chunk2048-ctx131072-expand", "prefill, 2 048 queries at 131 072 tokens; FlashAttention-3", 0.80),
+    ):
+        if id in rows:
+            r, unit = rows[id], rows[id]["unit"].replace("us", "µs")
+            met = "" if goal is None else f"{times(goal)}{'' if r['ratio'] >= goal else ', missed'}"
+            ours, rival = (spaced(round(x)) if x >= 1000 else f"{x:.1f}" for x in (r["ours"], r["rival"]))
+            body.append([f"`{id}`", what, f"{ours} {unit}", f"{rival} {unit}", times(r["ratio"]), met])
+    return markdown(["row", "what; rival", "ours", "rival", "ratio", "target"], body)
+
+
+PLACES = {"README.md": {"speed": serving}, "docs/kernels.md": {"decode": decode, "others": others, "serving": serving}}
+
+
+def green(path: Path) -> Rows:
+    """Rows by id; those whose check failed are left out, since no speed of them may be quoted."""
+    return {row["id"]: row for row in json.loads(path.read_text()) if row["gate"] == "green"}
+
+
+if __name__ == "__main__":
+    fill(PLACES, green(ROWS))

@@ -1,0 +1,33 @@
+"""Every kernel once, on shapes small enough for compute-sanitizer; test_sanitizer.py runs this file under its tools."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "unit")]
+
+from serving import Engine  # noqa: E402
+
+from hierasparse_vllm.ops.batch import ReadRule  # noqa: E402
+from hierasparse_vllm.ops.cuda import CudaOps  # noqa: E402
+from hierasparse_vllm.page import PageLayout  # noqa: E402
+from tests.gpu import decode_cases  # noqa: E402
+
+
+def main() -> None:
+    for axis, sparse in (("channel", (4, 2)), ("token", (3, 4))):
+        case = decode_cases.make_case([1100, 40, 513], [1, 3, 16], d=64, axis=axis, sparse=sparse)
+        ops = CudaOps(case.pages.device, case.layout, 2, torch.bfloat16, 1)
+        out = torch.empty_like(case.query)
+        ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
+        layout = PageLayout(64, 2, *sparse, axis, 1, True)
+        engine = Engine(layout, torch.bfloat16, ReadRule(256), 2, 2, "cuda", blocks=30, rescale=True, ops=CudaOps())
+        seq = engine.sequence(600)
+        for n in (520, 1, 79):  # a prefill with pages of its own, a decode step, a chunk
+            engine.step([(seq, n)])
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

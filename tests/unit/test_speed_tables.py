@@ -1,0 +1,32 @@
+"""The speed tables of README and docs are those that the recorded rows give."""
+
+import importlib
+import importlib.util
+import json
+
+import pytest
+
+from tests.models import ROOT
+
+spec = importlib.util.spec_from_file_location("speed_tables", ROOT / "benchmarks" / "speed_tables.py")
+speed_tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed_tables)
+filled = importlib.import_module("quality_tables").filled  # found there since speed_tables is
+
+
+@pytest.mark.parametrize("name", list(speed_tables.PLACES))
+def test_the_pages_have_what_the_rows_say(name):
+    """Red after a new measurement? Run benchmarks/speed_tables.py."""
+    page, rows = (ROOT / name).read_text(), speed_tables.green(speed_tables.ROWS)
+    assert filled(page, speed_tables.PLACES[name], rows) == page
+
+
+def test_a_missed_target_is_named_and_a_red_row_is_not_quoted(tmp_path):
+    rows = speed_tables.green(speed_tables.ROWS)
+    row = rows["decode-b8-s131072"] | {"ratio": 1.0}
+    assert any("missed" in line for line in speed_tables.decode({row["id"]: row}))
+    row["ratio"] = 9.0
+    assert not any("missed" in line for line in speed_tables.decode({row["id"]: row}))
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row | {"gate": "red"}]))
+    assert speed_tables.green(path) == {}
