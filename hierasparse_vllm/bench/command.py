@@ -20,6 +20,11 @@ def add_parser(commands: Any) -> None:
     kernels.add_argument("--list", action="store_true", help="list the cases and what they move, measure nothing")
     kernels.add_argument("--only", metavar="GLOB", nargs="+", default=["*"], help="cases whose id matches one of these")
     kernels.add_argument("--quick", action="store_true", help="few repetitions and small checks; writes no results")
+    kernels.add_argument(
+        "--alone",
+        action="store_true",
+        help="time our kernels only, for tuning them: needs no vLLM for decode and update, writes no results",
+    )
     kernels.add_argument("--results", type=Path, metavar="FOLDER", help="update FOLDER/<gpu>.json")
     kernels.set_defaults(run=run)
 

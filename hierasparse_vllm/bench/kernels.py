@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
         selection(case, device)
     ceiling = timing.copy_rate(device)
     print(f"{torch.cuda.get_device_name()}: device copy {ceiling / 1e12:.2f} TB/s (read + written)")
+    if args.alone:
+        lines = [alone(case, device, ceiling, args.quick) for case in chosen]
+        return int(any(" RED: " in line for line in lines))
     print(COLUMNS, flush=True)
     good = True
     for case in chosen:
@@ -101,6 +104,22 @@ def measure(case: Case, device: torch.device, ceiling: float, quick: bool) -> di
     return _row(case, about, ours * 1e6, seconds[variant] * 1e6, gate=True)
 
 
+def alone(case: Case, device: torch.device, ceiling: float, quick: bool) -> str:
+    """Check one case, time our op without a rival, print a line and return it."""
+    sets = case.sets(l2_bytes(device))
+    caches = Caches(case, made(ops.Selection("cuda"), case, device), device, sets)
+    good, why = gate.check(caches, most=2 if quick else 8)
+    text = f"{case.id:30} RED: {why}"
+    if good:
+        wrap = timing.captured if case.captured else timing.eager
+        op = caches.attend if case.work == "attend" else caches.update
+        run = wrap([lambda step=step: op(step) for step in caches.steps])
+        rate = case.bytes / (seconds := timing.alternate({OURS: run}, 5 if quick else 20)[OURS] / sets)
+        text = f"{case.id:30} {seconds * 1e6:9.1f} us {rate / 1e12:6.3f} TB/s {rate / ceiling:5.0%} of copy"
+    print(text, flush=True)
+    return text
+
+
 def selection(case: Case, device: torch.device) -> ops.Selection:
     """The CUDA ops as the choice for a layer of the case's shapes.
 
@@ -116,9 +135,14 @@ def selection(case: Case, device: torch.device) -> ops.Selection:
 
 
 def cuda_ops(case: Case, device: torch.device) -> ops.Ops:
-    """The CUDA ops for a layer of the case's shapes."""
+    """The CUDA ops for a layer of the case's shapes, if an engine would choose them."""
+    return made(selection(case, device), case, device)
+
+
+def made(chosen: ops.Selection, case: Case, device: torch.device) -> ops.Ops:
+    """Chosen ops for a layer of the case's shapes."""
     mib = case.settings.options.prefill_workspace_mib
-    return ops.make(selection(case, device), device, case.layout, case.kv_heads, case.dtype, mib)
+    return ops.make(chosen, device, case.layout, case.kv_heads, case.dtype, mib)
 
 
 def _row(case: Case, about: dict[str, Any], ours: float | None, rival: float | None, gate: bool) -> dict[str, Any]:

@@ -158,6 +158,14 @@ def test_rates_and_operations_have_their_own_columns(measured):
     assert measured(case)["case"]["tflops"] == pytest.approx(case.flops / 20e-6 / 1e12, rel=1e-3)
 
 
+def test_alone_times_what_passes_its_check(measured, monkeypatch, capsys):
+    measured(tiny(tokens=800, options={}))  # its clock and caches
+    for used, said in ((ReferenceOps(), "20.0 us"), (Wrong(), "RED")):
+        monkeypatch.setattr(kernels, "made", lambda chosen, case, device, used=used: used)
+        assert said in kernels.alone(tiny(tokens=800, options={}), torch.device("cpu"), 4e12, quick=True)
+        assert said in capsys.readouterr().out
+
+
 class Wrong(ReferenceOps):
     """Right but for a share of each output."""
 

@@ -57,6 +57,7 @@ class CudaOps:
     ):
         self.count: torch.Tensor | None = None
         self._prefill_mib, self._shape, self._tables = prefill_mib, None, None
+        self._flash = None  # vLLM's, at the first prefill: storing and decoding need no vLLM
         if device is not None:
             self._prepare(device, layout.head_size, kv_heads, dtype)
 
@@ -67,7 +68,6 @@ class CudaOps:
         device, head_size, kv_heads, dtype = self._shape = shape
         self._buffers = buffers(device, head_size, kv_heads, dtype, self._prefill_mib)
         self._expanded = self._buffers.expanded_pages(kv_heads, head_size, dtype)
-        self._flash = compat.flash_attention(head_size)
         if self.count is None:
             self.count = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -119,6 +119,8 @@ class CudaOps:
             def expand(ids, k, v):
                 torch.ops.hierasparse.expand(pages, window, ids, k, v, k_order, _layout(layout))
 
+            if self._flash is None:
+                self._flash = compat.flash_attention(layout.head_size)
             prefill.attend(plan, self._flash, query, window, expand, self._expanded, scale, out)
         if longest:
             torch.ops.hierasparse.decode(
