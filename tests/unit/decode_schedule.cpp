@@ -1,0 +1,53 @@
+// Prints how csrc/decode/schedule.cuh shares a batch: a line for each segment of each CTA.
+// Reads: columns, ctas, heads, kv_heads, local_window, own_chunk_dense, sparse_k, sparse_v, max_query_len, requests, and for
+// each request its tokens and queries.
+#include "cuda_on_cpu.h"
+
+#undef __shared__
+#define __shared__ static  // blocks run one after the other
+
+#include <cstdio>
+#include <iostream>
+
+inline int64_t __shfl_up_sync(unsigned, int64_t mine, int step) {  // the header has it for 4 bytes
+  const int lane = threadIdx.x % 32, from = lane >= step ? lane - step : lane;
+  const auto bits = static_cast<uint64_t>(mine);
+  const uint64_t low = emulation::exchange(static_cast<uint32_t>(bits), from);
+  const uint64_t high = emulation::exchange(static_cast<uint32_t>(bits >> 32), from);
+  return static_cast<int64_t>(high << 32 | low);
+}
+
+#include "decode/schedule.cuh"
+
+using namespace hierasparse;
+using namespace hierasparse::decode;
+
+int main() {
+  int columns, sparse_k, sparse_v, requests;
+  DecodeParams p{};
+  std::cin >> columns >> p.ctas >> p.heads >> p.cache.kv_heads >> p.batch.local_window >> p.batch.own_chunk_dense >>
+      sparse_k >> sparse_v >> p.max_query_len >> requests;
+  std::vector<int32_t> lengths(requests), starts(requests + 1);
+  for (int r = 0; r < requests; ++r) {
+    int queries;
+    std::cin >> lengths[r] >> queries;
+    starts[r + 1] = starts[r] + queries;
+  }
+  p.batch.seq_lens = lengths.data(), p.batch.query_start = starts.data(), p.batch.requests = requests;
+  p.cache.layout = PageLayout{128, 2, sparse_k, sparse_v, 1, true};
+  static Walk walk;
+  emulation::launch(p.ctas, kThreads, [&] {
+    const int cta = blockIdx.x;
+    Begin begin;
+    const Line line = make_line(p, columns, cta, begin);
+    if (cta >= line.ctas || threadIdx.x != 0) return;
+    walk.begin(p, line, begin, cta, columns);
+    for (Segment s;;) {
+      walk.next(p, s);
+      if (s.end == 0) return;
+      const Sharers sharers = s.whole ? Sharers{cta, 1, s.part} : walk.sharers(s);
+      std::printf("%d %d %d %d %d %d %d %d %d %d %d\n", cta, s.number, s.kv_head, s.block, s.first, s.end, s.part,
+                  s.whole, sharers.owner, sharers.count, sharers.part_of_owner);
+    }
+  });
+}
