@@ -225,15 +225,15 @@ __device__ __forceinline__ void merge(const DecodeParams& p, Shared<kD, kTiles>&
 // The warp's sub-blocks of a lane's pages.
 template <typename T, int kD, bool kTokens, int kTiles>
 __device__ __forceinline__ void attend_pages(const DecodeParams& p, State<kD, kTiles>& state, Stream<kD>& stream,
-                                             int low, const Columns& columns, uint32_t queries, int stages) {
+                                             const Request& q, const Columns& columns, uint32_t queries, int stages) {
   const PageLayout& layout = p.cache.layout;
   const int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
   for (int page = stream.first_page(); page < stream.end_page(); ++page) {
     const Kind kind = stream.kind(layout, page);
     float s[4][kTiles][4];
     multiply_keys<T, kD, kTiles>(s, stream, p, stages, kind.sparse_k, queries);
-    const bool edge = (page + 1) * kPageTokens > low;   // some query reads this page from its window
-    const bool sinks = kind.sinks && threadIdx.x < 32;  // in sub-block 0
+    const bool edge = (page + 1) * kPageTokens > q.low;  // some query reads this page from its window
+    const bool sinks = kind.sinks && threadIdx.x < 32;   // in sub-block 0
     if (edge || sinks) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
@@ -279,9 +279,9 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     queries.write(p, segment, shared);
     if (threadIdx.x == 0 && !segment.whole) shared.sharers = shared.walk.sharers(segment);
     state.reset();
-    attend_pages<T, kD, kTokens, kTiles>(p, state, stream, segment.request.low, shared.columns,
+    attend_pages<T, kD, kTokens, kTiles>(p, state, stream, segment.request, shared.columns,
                                          shared_address(shared.paged), stages);
-    attend_window<T, kD, kTiles>(p, state, stream, segment.request.low, shared.columns, shared_address(shared.plain),
+    attend_window<T, kD, kTiles>(p, state, stream, segment.request, shared.columns, shared_address(shared.plain),
                                  stages);
     wait_copies<0>();  // nothing may land in the ring any more
     __syncthreads();

@@ -74,7 +74,7 @@ __device__ __forceinline__ void multiply_row_values(State<kD, kTiles>& state, in
 // The warp's pieces of a lane's window.
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, kTiles>& state, Stream<kD>& stream,
-                                              int low, const Columns& columns, uint32_t queries, int stages) {
+                                              const Request& q, const Columns& columns, uint32_t queries, int stages) {
   using R = Rows<kD>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   for (int piece = stream.first_piece(); piece < stream.end_piece(); piece += kWarps) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, k
       });
       stream.pop(p, stages);
     }
-    const int start = low + piece * kPiece;
+    const int start = q.low + piece * kPiece;
     hide<kTiles>(
         s, [&](int column) { return make_int2(columns.border[column] - start, columns.position[column] - start); });
     uint32_t probability[kTiles][1][2];

@@ -115,9 +115,9 @@ class Stream {
   }
   // Ids of the window's blocks of the next 32 of this warp's pieces.
   __device__ __forceinline__ int load_blocks(const DecodeParams& p, int piece) const {
-    const int mine = piece + kWarps * thread_index() % 32;
-    const int32_t* table = p.batch.window_table + request_ * p.batch.window_table_stride + first_block_;
-    return mine < end_piece_ ? __ldg(table + mine * kPiece / p.batch.window_block) : 0;
+    const int mine = piece + kWarps * (thread_index() % 32);
+    const int block = first_block_ + mine * kPiece / p.batch.window_block;
+    return mine < end_piece_ ? __ldg(p.batch.window_table + (request_ * p.batch.window_table_stride + block)) : 0;
   }
   __device__ __forceinline__ static Kind read(const PageLayout& layout, uint32_t word) {
     const int sub = threadIdx.x / 32;

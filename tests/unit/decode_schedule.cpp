@@ -1,6 +1,6 @@
 // Prints how csrc/decode/schedule.cuh shares a batch: a line for each segment of each CTA.
-// Reads: columns, ctas, heads, kv_heads, local_window, own_chunk_dense, sparse_k, sparse_v, max_query_len, requests, and for
-// each request its tokens and queries.
+// Reads: columns, ctas, heads, kv_heads, local_window, own_chunk_dense, sparse_k, sparse_v, max_query_len, requests,
+// and for each request its tokens and queries.
 #include "cuda_on_cpu.h"
 
 #undef __shared__
