@@ -74,6 +74,15 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   return w;
 }
 
+// Bytes of `a` (selectors 0-3) and `b` (4-7) picked by four nibbles; 8 added to a selector gives the byte's sign, eight
+// times.
+template <int kSelect>
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(kSelect));
+  return v;
+}
+
 // ---- tensor cores: d += a b, float32 accumulators, T is __nv_bfloat16 or __half
 #define HS_MMA(NAME, TYPE)                                                                                            \
   __device__ __forceinline__ void NAME(float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \

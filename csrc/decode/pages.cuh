@@ -100,15 +100,6 @@ __device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<k
   }
 }
 
-// Bytes of `a` (selectors 0-3) and `b` (4-7) picked by four nibbles; 8 added to a selector gives the byte's sign, eight
-// times.
-template <int kSelect>
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b) {
-  uint32_t v;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(kSelect));
-  return v;
-}
-
 // 2:4 along channels, expanded: plane j of register i holds a value where that is its channel of the four, else 0.
 // Nibble 2 i + h of `word` tells the places i0 | i1 << 2 of half h of register i of `first` and `second`.
 __device__ __forceinline__ void expand_channels(const uint4& first, const uint4& second, uint32_t word,

@@ -1,4 +1,4 @@
-"""Random paged caches with known right answers, for the CUDA decode kernel.
+"""Random paged caches with known right answers, for the CUDA decode kernel, here or emulated on the CPU.
 
 Pages are packed by the reference codec.  Everything that the kernel must not read is NaN: free blocks, rows of a window
 block behind the request's end, table entries that no query needs (they point at such a block), padding rows of q.
@@ -26,13 +26,13 @@ from hierasparse_vllm.policy import (
 PADDING = 3
 
 
-def layer_policy(kv_heads: int, d: int, layout: PageLayout, generator: torch.Generator) -> LayerPolicy:
+def layer_policy(kv_heads: int, d: int, layout: PageLayout, generator: torch.Generator, device="cuda") -> LayerPolicy:
     """A policy with a random channel order: nothing may rely on a particular one."""
     order = torch.stack([torch.randperm(d, generator=generator) for _ in range(kv_heads)])
     keys = Calibrated(order, torch.rand(kv_heads, d, generator=generator) + 0.5).channels(kv_heads, d)
     values = Tokens() if layout.value_axis == "token" else Channels(Magnitude().channels(kv_heads, d).order)
     return LayerPolicy(SidePolicy(keys, mean=layout.key_mean, rescale=True), SidePolicy(values, rescale=True)).to(
-        "cuda"
+        device
     )
 
 
@@ -52,7 +52,7 @@ def seen_by_reader(pages: torch.Tensor, side: SidePolicy, sparse: int, sinks: in
 
 @dataclass
 class Case:
-    """Caches, batch and queries on the GPU, and what each query sees."""
+    """Caches, batch and queries on a device, and what each query sees."""
 
     layout: PageLayout
     policy: LayerPolicy
@@ -102,14 +102,15 @@ def make_case(
     spare_blocks=5,
     amplitude=1.0,
     shared_prefix=False,
+    device="cuda",
 ) -> Case:
     """A batch of requests of ``lengths`` tokens that asks ``queries`` last ones of each; a length of 0 is padding."""
     g = torch.Generator().manual_seed(seed)
     layout = PageLayout(d, dtype.itemsize, *sparse, axis, sinks, mean)
-    policy = layer_policy(kv_heads, d, layout, g)
+    policy = layer_policy(kv_heads, d, layout, g, device)
     rule, block = ReadRule(window, own_chunk), layout.window_block(dtype.itemsize)
     count = 1 + spare_blocks + sum(-(-n // PAGE_TOKENS) + -(-n // block) for n in lengths)
-    pool = torch.full((count, layout.page_bytes(kv_heads)), 255, dtype=torch.uint8, device="cuda")
+    pool = torch.full((count, layout.page_bytes(kv_heads)), 255, dtype=torch.uint8, device=device)
     free = (torch.randperm(count - 1, generator=g) + 1).tolist()
     trap = free.pop()
     pages = pool.view(count, kv_heads, layout.head_bytes)
@@ -119,8 +120,8 @@ def make_case(
     page_table, window_table = torch.full((2, len(lengths), width), trap, dtype=torch.int32)
     dense, seen, prefix = [], [], None
     for i, (n, asked) in enumerate(zip(lengths, queries)):
-        k, v = amplitude * torch.randn(2, n, kv_heads, d, generator=g).to("cuda")
-        k, v = (k + torch.randn(kv_heads, d, generator=g).cuda()).to(dtype), v.to(dtype)
+        k, v = amplitude * torch.randn(2, n, kv_heads, d, generator=g).to(device)
+        k, v = (k + torch.randn(kv_heads, d, generator=g).to(device)).to(dtype), v.to(dtype)
         if shared_prefix and prefix is not None:
             common = min(n, len(prefix[0])) // PAGE_TOKENS * PAGE_TOKENS
             k[:common], v[:common] = prefix[0][:common], prefix[1][:common]
@@ -130,7 +131,7 @@ def make_case(
         if shared_prefix and prefix is not None:
             ids[: common // PAGE_TOKENS] = prefix[2][: common // PAGE_TOKENS]
         if full:
-            first = torch.arange(full, device="cuda") == 0
+            first = torch.arange(full, device=device) == 0
             pages[torch.tensor(ids)] = codec.pack(*paged, layout, policy, first)
         sides = (paged[0], policy.key, layout.sparse_k), (paged[1], policy.value, layout.sparse_v)
         seen.append([seen_by_reader(*side, sinks).transpose(1, 2).flatten(0, 1) for side in sides])
@@ -145,16 +146,16 @@ def make_case(
         if shared_prefix and prefix is None:
             prefix = k, v, ids
     starts = torch.tensor([0, *queries]).cumsum(0).int()
-    q = torch.randn(int(starts[-1]) + PADDING, kv_heads * group, d, generator=g).to("cuda", dtype)
+    q = torch.randn(int(starts[-1]) + PADDING, kv_heads * group, d, generator=g).to(device, dtype)
     q[starts[-1] :] = torch.nan
     batch = Batch(
         query_start=starts,
-        seq_lens=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
-        page_table=page_table.cuda(),
-        window_table=window_table.cuda(),
-        slots=torch.full((len(q),), -1, dtype=torch.int64, device="cuda"),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        page_table=page_table.to(device),
+        window_table=window_table.to(device),
+        slots=torch.full((len(q),), -1, dtype=torch.int64, device=device),
         rule=rule,
         window_block=block,
-        query_start_device=starts.cuda(),
+        query_start_device=starts.to(device),
     )
     return Case(layout, policy, batch, pages, plain, q, 1.2 * d**-0.5, dense, seen)

@@ -162,7 +162,11 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
 }
 
 template <typename V>
-V atomicAdd(V* to, V x) { return *to += x; }
+V atomicAdd(V* to, V x) {
+  const V before = *to;
+  *to += x;
+  return before;
+}
 inline void atomicMax(uint32_t* to, uint32_t x) { *to = *to > x ? *to : x; }
 inline void atomicAnd(uint32_t* to, uint32_t x) { *to &= x; }
 inline void atomicOr(uint32_t* to, uint32_t x) { *to |= x; }
@@ -207,7 +211,8 @@ inline uint32_t to_bfloat16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// ---- csrc/common/ptx.cuh
+// ---- the little of csrc/common/ptx.cuh that csrc/compress uses; ptx_on_cpu.h has what csrc/decode needs
+#ifndef HS_PTX_ON_CPU
 namespace hierasparse {
 
 inline uint8_t* shared_address(uint8_t* p) { return p; }
@@ -225,3 +230,4 @@ uint32_t pack(float low, float high) {
 }
 
 }  // namespace hierasparse
+#endif

@@ -1,0 +1,111 @@
+// Runs the decode kernel of csrc/decode on a CPU, from a copy of csrc in which ptx_on_cpu.h stands for common/ptx.cuh.
+// decode_on_cpu FOLDER reads FOLDER/numbers and the arrays beside it, and writes FOLDER/out.
+#define HS_PTX_ON_CPU
+#include "cuda_on_cpu.h"
+
+#undef __shared__
+#define __shared__ static  // blocks run one after the other
+
+#include <fstream>
+#include <string>
+
+struct int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int max(int a, int b) { return a > b ? a : b; }
+template <typename V>
+V __ldg(const V* from) {
+  return *from;
+}
+template <typename V>
+V __ldcg(const V* from) {
+  return *from;
+}
+inline void __threadfence() {}
+inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
+inline bool __any_sync(unsigned, bool mine) {
+  return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
+}
+template <typename V>
+V __shfl_sync(unsigned, V mine, int from) {
+  return emulation::exchange(mine, from);
+}
+inline int64_t __shfl_up_sync(unsigned, int64_t mine, int step) {  // the header has it for 4 bytes
+  const int lane = threadIdx.x % 32, from = lane >= step ? lane - step : lane;
+  const auto bits = static_cast<uint64_t>(mine);
+  const uint64_t low = emulation::exchange(static_cast<uint32_t>(bits), from);
+  const uint64_t high = emulation::exchange(static_cast<uint32_t>(bits >> 32), from);
+  return static_cast<int64_t>(high << 32 | low);
+}
+namespace hierasparse::decode {
+alignas(128) uint8_t memory[256 << 10];
+}
+
+#include "decode/kernel.cuh"
+
+using namespace hierasparse;
+
+template <typename V>
+static std::vector<V> read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
+  std::vector<V> out(bytes.size() / sizeof(V));
+  memcpy(out.data(), bytes.data(), bytes.size());
+  return out;
+}
+
+template <typename T, int kD>
+static void run(const DecodeParams& p, bool tokens, int tiles) {
+  emulation::launch(p.ctas, decode::kThreads, [&] {
+    if constexpr (kD <= 128) {
+      if (tiles == 2)
+        return tokens ? decode::decode_kernel<T, kD, true, 2>(p, 3) : decode::decode_kernel<T, kD, false, 2>(p, 3);
+    }
+    tokens ? decode::decode_kernel<T, kD, true, 1>(p, 3) : decode::decode_kernel<T, kD, false, 1>(p, 3);
+  });
+}
+
+int main(int, char** arguments) {
+  const std::string folder = std::string(arguments[1]) + "/";
+  std::ifstream numbers(folder + "numbers");
+  int d, sparse_k, sparse_v, sinks, mean, bfloat16, rows;
+  DecodeParams p{};
+  numbers >> d >> sparse_k >> sparse_v >> sinks >> mean >> p.cache.value_axis_token >> bfloat16 >> p.cache.kv_heads >>
+      p.heads >> p.scale >> p.batch.requests >> p.batch.page_table_stride >> p.batch.window_block >>
+      p.batch.local_window >> p.batch.own_chunk_dense >> p.cache.page_stride >> p.max_query_len >> p.ctas >> rows;
+  auto pool = read<uint8_t>(folder + "pool");
+  const auto starts = read<int32_t>(folder + "starts"), lengths = read<int32_t>(folder + "lengths");
+  const auto pages = read<int32_t>(folder + "pages"), window = read<int32_t>(folder + "window");
+  const auto order = read<int32_t>(folder + "order");
+  const auto query = read<uint16_t>(folder + "query");
+  std::vector<uint16_t> out(query.size(), 0xffff);  // NaN
+  p.batch.query_start = starts.data(), p.batch.seq_lens = lengths.data(), p.batch.page_table = pages.data();
+  p.batch.window_table = window.data(), p.batch.window_table_stride = p.batch.page_table_stride;
+  p.cache.layout = PageLayout{d, 2, sparse_k, sparse_v, sinks, mean != 0};
+  p.cache.dtype = bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat16;
+  p.cache.pages = p.cache.window = pool.data(), p.cache.window_stride = p.cache.page_stride;
+  p.query = query.data(), p.out = out.data(), p.k_order = order.data();
+  p.query_row_stride = p.out_row_stride = int64_t{p.heads} * d * 2, p.query_head_stride = p.out_head_stride = d * 2;
+  std::vector<float> workspace(decode_workspace_floats(d, p.ctas), NAN);
+  std::vector<int32_t> counters(p.ctas);
+  p.workspace = workspace.data(), p.counters = counters.data();
+  p.head_bytes = p.cache.layout.head_bytes(), p.scale_log2 = p.scale * 1.44269504f;
+  shared_memory = decode::memory;
+  const int tiles = decode_columns(d, p.heads / p.cache.kv_heads, p.max_query_len) / 8;
+  const bool tokens = p.cache.value_axis_token;
+  switch (d) {
+    case 64:
+      bfloat16 ? run<__nv_bfloat16, 64>(p, tokens, tiles) : run<__half, 64>(p, tokens, tiles);
+      break;
+    case 128:
+      bfloat16 ? run<__nv_bfloat16, 128>(p, tokens, tiles) : run<__half, 128>(p, tokens, tiles);
+      break;
+    default:
+      bfloat16 ? run<__nv_bfloat16, 256>(p, tokens, tiles) : run<__half, 256>(p, tokens, tiles);
+  }
+  for (const int32_t counter : counters) {
+    if (counter != 0) return 3;  // the next launch would wait for parts that are there
+  }
+  std::ofstream(folder + "out", std::ios::binary).write(reinterpret_cast<const char*>(out.data()), out.size() * 2);
+}
