@@ -151,8 +151,14 @@ template <typename V>
 V __shfl_xor_sync(unsigned, V mine, int mask) { return emulation::exchange(mine, threadIdx.x % 32 ^ mask); }
 template <typename V>
 V __shfl_up_sync(unsigned, V mine, int by) {
-  const int from = static_cast<int>(threadIdx.x % 32) - by;
-  return emulation::exchange(mine, from < 0 ? threadIdx.x % 32 : from);
+  const int lane = threadIdx.x % 32, from = lane < by ? lane : lane - by;
+  if constexpr (sizeof(V) == 8) {
+    const uint64_t low = emulation::exchange(static_cast<uint32_t>(mine), from);
+    const uint64_t high = emulation::exchange(static_cast<uint32_t>(mine >> 32), from);
+    return static_cast<V>(high << 32 | low);
+  } else {
+    return emulation::exchange(mine, from);
+  }
 }
 inline uint32_t __reduce_add_sync(unsigned, uint32_t x) {
   return emulation::reduce(x, [](uint32_t a, uint32_t b) { return a + b; });
@@ -211,6 +217,19 @@ inline uint32_t to_bfloat16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+namespace hierasparse {
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return to_half(low) | to_half(high) << 16;
+  } else {
+    return to_bfloat16(low) | to_bfloat16(high) << 16;
+  }
+}
+
+}  // namespace hierasparse
+
 // ---- the little of csrc/common/ptx.cuh that csrc/compress uses; ptx_on_cpu.h has what csrc/decode needs
 #ifndef HS_PTX_ON_CPU
 namespace hierasparse {
@@ -220,14 +239,6 @@ inline void copy16_async(uint8_t* to, const void* from) { memcpy(to, from, 16); 
 inline void commit_copies() {}
 template <int>
 void wait_copies() {}
-template <typename T>
-uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return to_half(low) | to_half(high) << 16;
-  } else {
-    return to_bfloat16(low) | to_bfloat16(high) << 16;
-  }
-}
 
 }  // namespace hierasparse
 #endif

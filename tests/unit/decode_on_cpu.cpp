@@ -31,13 +31,6 @@ template <typename V>
 V __shfl_sync(unsigned, V mine, int from) {
   return emulation::exchange(mine, from);
 }
-inline int64_t __shfl_up_sync(unsigned, int64_t mine, int step) {  // the header has it for 4 bytes
-  const int lane = threadIdx.x % 32, from = lane >= step ? lane - step : lane;
-  const auto bits = static_cast<uint64_t>(mine);
-  const uint64_t low = emulation::exchange(static_cast<uint32_t>(bits), from);
-  const uint64_t high = emulation::exchange(static_cast<uint32_t>(bits >> 32), from);
-  return static_cast<int64_t>(high << 32 | low);
-}
 namespace hierasparse::decode {
 alignas(128) uint8_t memory[256 << 10];
 }

@@ -31,14 +31,6 @@ inline uint2 load_shared8(uint32_t at) { return load_shared<uint2>(at); }
 inline uint4 load_shared16(uint32_t at) { return load_shared<uint4>(at); }
 
 inline float exp2_fast(float x) { return exp2f(x); }
-template <typename T>
-uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return to_half(low) | to_half(high) << 16;
-  } else {
-    return to_bfloat16(low) | to_bfloat16(high) << 16;
-  }
-}
 template <int kSelect>
 uint32_t permute(uint32_t a, uint32_t b) {
   const uint64_t both = a | uint64_t{b} << 32;
