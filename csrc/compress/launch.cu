@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/device.h"
 #include "launch.h"
 
 namespace hierasparse {
@@ -20,14 +21,7 @@ void require(bool good, const char* sentence) {
 }
 
 // Most bytes of shared memory that a block may have.
-int shared_limit() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    throw std::runtime_error("HieraSparse: the CUDA device cannot be asked for its properties.");
-  }
-  return bytes;
-}
+int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 template <typename T>
 cudaError_t with_dtype(const StoreCompressParams& p, cudaStream_t stream) {

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/device.h"
 #include "launch.h"
 
 namespace hierasparse {
@@ -15,25 +16,12 @@ cudaError_t run(const DecodeParams& p, int stages, cudaStream_t stream);
 
 namespace {
 
-struct Device {
-  int sms, shared_per_sm;
-};
-
-Device device() {
-  int id = 0;
-  Device d{};
-  if (cudaGetDevice(&id) != cudaSuccess ||
-      cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, id) != cudaSuccess ||
-      cudaDeviceGetAttribute(&d.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id) != cudaSuccess) {
-    throw std::runtime_error("HieraSparse: the CUDA device cannot be asked for its properties.");
-  }
-  return d;
-}
+int shared_per_sm() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 
 // Deeper rings only make the queues at the memory longer, and with them every other load of the kernel (H200: 3 stages
 // 161 us, 5 stages 181 us for 8 x 32 768 tokens).  One CTA per SM needs four.
-int ring_stages(int shared_per_sm) { return shared_per_sm >= 160 << 10 ? 3 : 4; }
-int ctas_per_sm(int shared_per_sm) { return shared_per_sm >= 160 << 10 ? 2 : 1; }
+int ring_stages() { return shared_per_sm() >= 160 << 10 ? 3 : 4; }
+int ctas_per_sm() { return shared_per_sm() >= 160 << 10 ? 2 : 1; }
 
 template <typename T, int kD, bool kTokens>
 cudaError_t with_tiles(const DecodeParams& p, int stages, cudaStream_t stream) {
@@ -68,10 +56,7 @@ cudaError_t with_dtype(const DecodeParams& p, int stages, cudaStream_t stream) {
 }  // namespace
 }  // namespace decode
 
-int decode_ctas() {
-  const decode::Device d = decode::device();
-  return d.sms * decode::ctas_per_sm(d.shared_per_sm);
-}
+int decode_ctas() { return device_attribute(cudaDevAttrMultiProcessorCount) * decode::ctas_per_sm(); }
 
 void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   DecodeParams p = params;
@@ -87,7 +72,7 @@ void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   }
   if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
   if (p.batch.requests == 0) return;
-  const int stages = decode::ring_stages(decode::device().shared_per_sm);
+  const int stages = decode::ring_stages();
   const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? decode::with_dtype<__half>(p, stages, stream)
                                                              : decode::with_dtype<__nv_bfloat16>(p, stages, stream);
   if (error != cudaSuccess) {
