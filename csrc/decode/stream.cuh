@@ -68,18 +68,10 @@ class Stream {
 
   // Shared address of the next chunk, once it is there.
   __device__ __forceinline__ uint32_t front(int stages) const {
-    switch (stages) {
-      case 2:
-        wait_copies<1>();
-        break;
-      case 3:
-        wait_copies<2>();
-        break;
-      case 4:
-        wait_copies<3>();
-        break;
-      default:
-        wait_copies<4>();
+    if (stages == 3) {
+      wait_copies<2>();
+    } else {  // 4: what launch.cu chooses elsewhere
+      wait_copies<3>();
     }
     __syncwarp();  // the mean and the window are read by other lanes than those that copied them
     return ring_ + out_ * kStageBytes;
