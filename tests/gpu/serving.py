@@ -29,6 +29,7 @@ class Answer(NamedTuple):
 def engine(model: str, ops="cuda", options=None, **kw):
     """An ``LLM`` with the named ops, with graphs if they are the CUDA ops."""
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     from hierasparse_vllm.backend import settings
 
@@ -55,6 +56,8 @@ def engine(model: str, ops="cuda", options=None, **kw):
         del llm
         gc.collect()
         torch.cuda.empty_cache()
+        # vLLM keeps the handle of the graphs' memory pool for the process, but the pool is gone with the graphs.
+        type(current_platform)._global_graph_pool = None
 
 
 def core(llm):
