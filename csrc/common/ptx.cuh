@@ -20,6 +20,21 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
+// blockIdx.x, the same.
+__device__ __forceinline__ int block_index() {
+  int x;
+  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(x));
+  return x;
+}
+
+// From sm_100 on the compiler needs a few registers more: there, what is cheap to find anew is not kept where they run
+// short.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kFindAnew = true;
+#else
+constexpr bool kFindAnew = false;
+#endif
+
 // ---- copies
 // 16 bytes from global to shared memory, past L1.
 __device__ __forceinline__ void copy16_async(uint32_t to, const void* from) {

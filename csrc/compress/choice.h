@@ -65,22 +65,22 @@ HS_HD inline float score(float value, float weight) {
 // ---- two of four -----------------------------------------------------------------------------------------------
 struct Chosen {
   uint32_t code;     // nibble of the kept pair, i0 | i1 << 2 with i0 < i1
+  float value[2];    // the kept values, in this order
   float kept[2];     // their scores, in any order
   float dropped[2];  // the others'
 };
 
-// The two highest of four scores; of equal ones the first.
-HS_HD inline Chosen choose(const float (&s)[4]) {
+// Of four values the two with the highest scores; of equal ones the first.
+HS_HD inline Chosen choose(const float (&s)[4], const float (&x)[4]) {
   const float high = fmaxf(s[0], s[1]), low = fminf(s[0], s[1]);
   const float high2 = fmaxf(s[2], s[3]), low2 = fminf(s[2], s[3]);
-  uint32_t code = (s[0] >= s[1] ? 0u : 1u) | (s[2] >= s[3] ? 2u << 2 : 3u << 2);  // the better one of each half
-  if (low >= high2) code = 0u | 1u << 2;
-  if (low2 > high) code = 2u | 3u << 2;
-  return {code, {fmaxf(high, low2), fmaxf(low, high2)}, {fminf(high, low2), fminf(low, high2)}};
+  const bool first = s[0] >= s[1], third = s[2] >= s[3];  // the better one of each half
+  uint32_t code = (first ? 0u : 1u) | (third ? 2u << 2 : 3u << 2);
+  float a = first ? x[0] : x[1], b = third ? x[2] : x[3];
+  if (low >= high2) code = 0u | 1u << 2, a = x[0], b = x[1];
+  if (low2 > high) code = 2u | 3u << 2, a = x[2], b = x[3];
+  return {code, {a, b}, {fmaxf(high, low2), fmaxf(low, high2)}, {fminf(high, low2), fminf(low, high2)}};
 }
-
-// The two kept of four 16-bit values: selector for __byte_perm of the four.
-HS_HD inline uint32_t pair_selector(uint32_t code) { return 0x1010u + 0x22u * (code & 3u) + 0x2200u * (code >> 2); }
 
 // ---- loss ------------------------------------------------------------------------------------------------------
 // Losses are integers in units of 2^(e - 16), where e is the frexp exponent of the page's largest finite score. The
@@ -113,6 +113,15 @@ HS_HD inline uint32_t loss(const Chosen& c, const LossUnit& unit) {
   return loss(c.dropped[0], unit) + loss(c.dropped[1], unit);
 }
 
+// floor(x * unit) for a product up to 2^16: the last bits of a sum with 2^23, in one instruction.
+HS_HD inline uint32_t floor_of_product(float x, float unit) {
+#if defined(__CUDA_ARCH__)
+  return as_bits(__fmaf_rz(x, unit, 0x1p23f)) - as_bits(0x1p23f);
+#else
+  return static_cast<uint32_t>(static_cast<double>(x) * unit);
+#endif
+}
+
 // The `sparse` sub-blocks that lose least, as a mask; of equal ones the first.
 HS_HD inline uint32_t sparse_mask(const uint32_t (&losses)[kSubs], int sparse) {
   uint32_t mask = 0;
@@ -126,10 +135,11 @@ HS_HD inline uint32_t sparse_mask(const uint32_t (&losses)[kSubs], int sparse) {
 
 // ---- what is stored --------------------------------------------------------------------------------------------
 // A group's part in its token's norm, and that of its kept pair; the zeros that the reference adds change no sum.
+HS_HD inline float sum_of_squares(float a, float b) { return add(mul(a, a), mul(b, b)); }
 HS_HD inline float sum_of_squares(const float (&s)[4]) {
-  return add(add(mul(s[0], s[0]), mul(s[1], s[1])), add(mul(s[2], s[2]), mul(s[3], s[3])));
+  return add(sum_of_squares(s[0], s[1]), sum_of_squares(s[2], s[3]));
 }
-HS_HD inline float kept_squares(const Chosen& c) { return add(mul(c.kept[0], c.kept[0]), mul(c.kept[1], c.kept[1])); }
+HS_HD inline float kept_squares(const Chosen& c) { return sum_of_squares(c.kept[0], c.kept[1]); }
 
 // Factor that gives the kept values of a token the norm of the whole token: `whole` and `kept` are sums of squared
 // scores. At most the root of 2, since two of four are kept. The float32 root is the correctly rounded one, as is the

@@ -26,9 +26,10 @@ cudaError_t run_shape(const StoreCompressParams& p, cudaStream_t stream) {
     return error;
   }
   // A few tokens per request rarely fill a page: one block per SM then starts and ends soonest.
-  const int64_t most = int64_t{p.sms} * (p.rows < 4 * kPageTokens ? 1 : S::kBlocksPerSm);
+  const bool many = p.rows >= 4 * kPageTokens;
+  const int64_t most = int64_t{p.sms} * (many ? S::kBlocksPerSm : 1);
   const int blocks = static_cast<int>(std::min(most, useful_blocks<S>(p)));
-  kernel<<<blocks, S::kThreads, kBytes, stream>>>(p);
+  kernel<<<blocks, S::kThreads, kBytes, stream>>>(p, many);
   return cudaGetLastError();
 }
 

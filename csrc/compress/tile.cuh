@@ -26,12 +26,17 @@ struct Shape {
   static constexpr float kStep = std::is_same_v<T, __half> ? 0x1p-10f : 0x1p-7f;  // the dtype's epsilon
   static_assert(kRunRows % 16 == 0, "swizzle() of a run's rows must not depend on where the run begins");
 
+  // Kept values grow by the root of 2 at most: below these no bound of Room is near.
+  static constexpr float kCalm = kLimit / 8;
+  static constexpr float kCalmNorm = std::is_same_v<T, __half> ? kCalm * kCalm : 0x1p126f;  // a token's sum of squares
+
   HS_HD static Room room(bool mean) { return {kLimit, mean ? kLimit * (1.f - kStep) : kLimit}; }
 };
 
 // The (page, head, side) that a block works on.
 struct Unit {
   int request, page, head;  // page: number in the request
+  bool there;               // false: the block has none any more
   bool is_value;
   int sparse;  // sub-blocks of this side
   bool rescale;
@@ -49,13 +54,21 @@ struct Shared {
   float4 mean[S::kQuads];              // of K, by place; zero without mean
   float4 weight[S::kQuads];            // of K, by place; one without weights
   float by_channel[S::kTiles][S::kD];  // sums of the tiles; then, in the first row, the mean
-  float factor[kPageTokens];           // of each token, from norms
   const uint8_t* source[kPageTokens];  // row of each token in global memory
+  uint8_t* target[kPageTokens];        // its place in the window, if the unit is to store it; or null
   int pages_before[S::kThreads + 1];   // pages that requests before this one fill
-  int warp_total[S::kWarps];
-  Unit unit;  // here, and not in registers, which are scarce
+  alignas(16) int warp_total[S::kWarps];  // so that wide loads of it touch nothing of its neighbour
+  // Units of requests before; of those at hand, the first request, units per page, the block's next unit, the number of
+  // all, and whether the block's turn is an odd one. Here, as the units, and not in registers, which are scarce.
+  int before, first, sides, next, end, odd;
+  Unit unit, ahead;  // the one at hand and the next
+  // Volatile: read where they are used, and not kept in registers.
+  volatile int place[kSubs];  // of a sub-block in the region
+  volatile uint32_t mask;     // sparse sub-blocks
+  volatile int step;          // from the block's unit to its next one
   uint32_t losses[kSubs];
-  uint32_t top;  // bits of the largest finite score
+  uint32_t top;   // bits of the largest finite score
+  uint32_t wild;  // a mean is so large that bounds of Room may be near
 };
 
 // ---- rows of the tile ------------------------------------------------------------------------------------------
@@ -73,12 +86,12 @@ __device__ __forceinline__ uint32_t value_bits(const Shared<S>& shared, uint32_t
   return *reinterpret_cast<const uint16_t*>(shared.tile + offset);
 }
 template <class S>
-__device__ __forceinline__ uint32_t two_values(const Shared<S>& shared, uint32_t offset) {
-  return *reinterpret_cast<const uint32_t*>(shared.tile + offset);
-}
-template <class S>
 __device__ __forceinline__ uint2 four_values(const Shared<S>& shared, uint32_t offset) {
   return *reinterpret_cast<const uint2*>(shared.tile + offset);
+}
+template <class S>
+__device__ __forceinline__ uint4 eight_values(const Shared<S>& shared, uint32_t offset) {
+  return *reinterpret_cast<const uint4*>(shared.tile + offset);
 }
 
 // ---- values ----------------------------------------------------------------------------------------------------
@@ -105,7 +118,7 @@ constexpr uint32_t kLows = 0x5410, kHighs = 0x7632;  // __byte_perm: both low ha
 // j, combined neighbours first.
 template <int kLanes, int kShift, typename V, class Op>
 __device__ __forceinline__ V reduce_scatter(V (&x)[kLanes], Op op) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = thread_index() % kWarp;
 #pragma unroll
   for (int n = kLanes / 2, bit = kShift; n > 0; n /= 2, ++bit) {
     const bool odd = lane >> bit & 1;
@@ -124,33 +137,16 @@ struct Or {
   __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return a | b; }
 };
 
-// Sum of kCount terms that come one after the other, neighbours first, without an array of them: a binary counter.
-template <int kCount>
-struct RunningTree {
-  float held[kCount] = {}, sum = 0.f;  // held: sums of 1, 2, 4 ... terms that wait for their neighbours
-  __device__ __forceinline__ void take(int number, float x) {
-    bool waits = false;
-#pragma unroll
-    for (int level = 0; 1 << level < kCount; ++level) {
-      if (waits) continue;
-      if (number >> level & 1) {
-        x = add(held[level], x);
-      } else {
-        held[level] = x, waits = true;
-      }
-    }
-    sum = x;  // of all terms, after the last one
-  }
-};
-
 // A number of each lane is added to a counter in shared memory.
 __device__ __forceinline__ void add_losses(uint32_t* to, uint32_t mine) {
   const uint32_t all = __reduce_add_sync(~0u, mine);
-  if (threadIdx.x % kWarp == 0) atomicAdd(to, all);
+  if (thread_index() % kWarp == 0) atomicAdd(to, all);
 }
 
+// To global memory: a pointer that was kept in shared memory does not tell.
+__device__ __forceinline__ void store16(uint8_t* to, uint4 x) { __stcg(reinterpret_cast<uint4*>(to), x); }
 __device__ __forceinline__ void store16(uint8_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  *reinterpret_cast<uint4*>(to) = make_uint4(a, b, c, d);
+  store16(to, make_uint4(a, b, c, d));
 }
 
 }  // namespace hierasparse::compress

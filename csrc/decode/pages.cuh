@@ -1,6 +1,7 @@
 // Products of a warp's columns with one sub-block of a page.
 #pragma once
 
+#include "../common/values.cuh"
 #include "stream.cuh"
 
 namespace hierasparse::decode {
@@ -98,28 +99,6 @@ __device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<k
       stream.pop(p, stages);
     }
   }
-}
-
-// 2:4 along channels, expanded: plane j of register i holds a value where that is its channel of the four, else 0.
-// Nibble 2 i + h of `word` tells the places i0 | i1 << 2 of half h of register i of `first` and `second`.
-__device__ __forceinline__ void expand_channels(const uint4& first, const uint4& second, uint32_t word,
-                                                uint32_t (&plane)[4][4]) {
-  // Conditions as the sign bits of bytes: byte i of `low` for half 0 of register i, of `high` for half 1.
-  const uint32_t l0 = word << 7, l1 = word << 6, l2 = word << 5, l3 = word << 4;
-  const uint32_t h0 = word << 3, h1 = word << 2, h2 = word << 1, h3 = word;
-  const uint32_t v0[4] = {first.x, first.y, first.z, first.w}, v1[4] = {second.x, second.y, second.z, second.w};
-  auto fill = [&](auto index) {
-    constexpr int i = decltype(index)::value;
-    constexpr int kHalves = (12 + i) << 12 | (12 + i) << 8 | (8 + i) << 4 | (8 + i);
-    plane[0][i] = v0[i] & permute<kHalves>(~(l0 | l1), ~(h0 | h1));
-    plane[1][i] = (v0[i] & permute<kHalves>(l0, h0)) | (v1[i] & permute<kHalves>(l2 & ~l3, h2 & ~h3));
-    plane[2][i] = (v0[i] & permute<kHalves>(l1, h1)) | (v1[i] & permute<kHalves>(l3 & ~l2, h3 & ~h2));
-    plane[3][i] = v1[i] & permute<kHalves>(l2 & l3, h2 & h3);
-  };
-  fill(std::integral_constant<int, 0>{});
-  fill(std::integral_constant<int, 1>{});
-  fill(std::integral_constant<int, 2>{});
-  fill(std::integral_constant<int, 3>{});
 }
 
 // O^T += V^T P^T of a sub-block.

@@ -45,32 +45,6 @@ __device__ __forceinline__ void hide(float (&s)[1][kTiles][4], Limits limits) {
   }
 }
 
-// O^T += V^T P^T of 16 rows and 64 channels c: `piece(half, row)` gives 8 bytes, channels 64 c + 32 half + 4 g .. + 3.
-template <typename T, int kD, int kTiles, typename Piece>
-__device__ __forceinline__ void multiply_row_values(State<kD, kTiles>& state, int c, const uint32_t (&p)[kTiles][1][2],
-                                                    Piece piece) {
-  const int t = threadIdx.x % 4;
-  uint2 v[2][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[half][i] = piece(half, 2 * t + 8 * (i / 2) + i % 2);
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    constexpr int kLow = 0x5410, kHigh = 0x7632;  // halves of two neighbouring tokens side by side
-    uint32_t a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint2 even = v[i % 2][2 * (i / 2)], odd = v[i % 2][2 * (i / 2) + 1];
-      const uint32_t x0 = j < 2 ? even.x : even.y, x1 = j < 2 ? odd.x : odd.y;
-      a[i] = j % 2 ? permute<kHigh>(x0, x1) : permute<kLow>(x0, x1);
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) mma<T>(state.o[4 * c + j][n], a[0], a[1], a[2], a[3], p[n][0][0], p[n][0][1]);
-  }
-}
-
 // The warp's pieces of a lane's window.
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, kTiles>& state, Stream<kD>& stream,

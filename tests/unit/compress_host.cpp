@@ -3,6 +3,45 @@
 
 #include <cstdlib>
 
+struct int2 { int x, y; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
+inline bool __all_sync(unsigned, bool mine) {
+  return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a & b; }) != 0;
+}
+template <typename V>
+V __shfl_sync(unsigned, V mine, int from) { return emulation::exchange(mine, from); }
+inline void __stcg(uint4* to, uint4 x) { *to = x; }
+
+// Two 16-bit numbers at a time.
+template <typename N, class Op>
+uint32_t by_halves(uint32_t a, uint32_t b, Op op) {
+  auto one = [&](int shift) {
+    const N x = static_cast<N>(a >> shift), y = static_cast<N>(b >> shift);
+    return uint32_t{static_cast<uint16_t>(op(x, y) ? x : y)} << shift;
+  };
+  return one(0) | one(16);
+}
+inline uint32_t __vminu2(uint32_t a, uint32_t b) { return by_halves<uint16_t>(a, b, std::less<>{}); }
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return by_halves<uint16_t>(a, b, std::greater<>{}); }
+inline uint32_t __vmaxs2(uint32_t a, uint32_t b) { return by_halves<int16_t>(a, b, std::greater<>{}); }
+
+namespace hierasparse {
+inline int thread_index() { return threadIdx.x; }
+constexpr bool kFindAnew = false;
+template <int kSelect>  // 8 in a nibble: the byte's sign, eight times
+uint32_t permute(uint32_t a, uint32_t b) {
+  const uint64_t both = a | uint64_t{b} << 32;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t select = kSelect >> 4 * i & 15, byte = both >> 8 * (select & 7) & 255;
+    out |= (select & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return out;
+}
+}  // namespace hierasparse
+
 #include "../../csrc/compress/kernel.cuh"
 
 namespace hierasparse::compress {
@@ -15,18 +54,18 @@ using namespace hierasparse::compress;
 namespace {
 
 template <class S>
-void run(const StoreCompressParams& p, int blocks) {
+void run(const StoreCompressParams& p, int blocks, bool units_store) {
   static_assert(sizeof(Shared<S>) <= sizeof memory);
   for (size_t i = 0; i < sizeof memory; ++i) memory[i] = 0xff;
-  emulation::launch(blocks, S::kThreads, [&] { store_compress_kernel<S>(p); });
+  emulation::launch(blocks, S::kThreads, [&] { store_compress_kernel<S>(p, units_store); });
 }
 
 template <typename T>
-void with_dtype(const StoreCompressParams& p, int blocks, int tile) {
+void with_dtype(const StoreCompressParams& p, int blocks, int tile, bool store) {
   switch (p.cache.layout.head_size) {
-    case 64: return run<Shape<T, 64, 256>>(p, blocks);
-    case 128: return run<Shape<T, 128, 256>>(p, blocks);
-    default: return tile == 256 ? run<Shape<T, 256, 256>>(p, blocks) : run<Shape<T, 256, 64>>(p, blocks);
+    case 64: return run<Shape<T, 64, 256>>(p, blocks, store);
+    case 128: return run<Shape<T, 128, 256>>(p, blocks, store);
+    default: return tile == 256 ? run<Shape<T, 256, 256>>(p, blocks, store) : run<Shape<T, 256, 64>>(p, blocks, store);
   }
 }
 
@@ -34,9 +73,9 @@ void with_dtype(const StoreCompressParams& p, int blocks, int tile) {
 
 extern "C" {
 
-void store_compress(const StoreCompressParams* p, int blocks, int tile) {
+void store_compress(const StoreCompressParams* p, int blocks, int tile, int units_store) {
   const auto run = p->cache.dtype == Dtype::kFloat16 ? with_dtype<__half> : with_dtype<__nv_bfloat16>;
-  run(*p, blocks, tile);
+  run(*p, blocks, tile, units_store != 0);
 }
 
 int params_bytes() { return sizeof(StoreCompressParams); }
@@ -52,7 +91,7 @@ int shared_bytes(int head_size, int tile) {
 void choose_codes(const float* scores, int n, uint8_t* codes, float* kept, float* dropped) {
   for (int i = 0; i < n; ++i) {
     const float s[4] = {scores[4 * i], scores[4 * i + 1], scores[4 * i + 2], scores[4 * i + 3]};
-    const Chosen c = choose(s);
+    const Chosen c = choose(s, s);
     codes[i] = static_cast<uint8_t>(c.code);
     for (int e = 0; e < 2; ++e) kept[2 * i + e] = c.kept[e], dropped[2 * i + e] = c.dropped[e];
   }
@@ -75,7 +114,7 @@ void norm_factors(const float* scores, int n, int groups, float* out) {
     for (int j = 0; j < groups; ++j) {
       const float* x = scores + (i * groups + j) * 4;
       const float s[4] = {x[0], x[1], x[2], x[3]};
-      whole[j] = sum_of_squares(s), kept[j] = kept_squares(choose(s));
+      whole[j] = sum_of_squares(s), kept[j] = kept_squares(choose(s, s));
     }
     auto sum = [&](const float* x) {
       return groups == 16 ? tree_sum<16>(x) : groups == 32 ? tree_sum<32>(x) : tree_sum<64>(x);

@@ -72,10 +72,12 @@ class HostOps:
         Blocks of the grid.
     tile : int
         Tokens that a block with 256 channels keeps in shared memory: 256, or 64 as on devices with less of it.
+    units_store : bool
+        New rows of pages that fill are stored by those who compress them, as in large steps.
     """
 
-    def __init__(self, blocks=3, tile=256):
-        self.blocks, self.tile = blocks, tile
+    def __init__(self, blocks=3, tile=256, units_store=True):
+        self.blocks, self.tile, self.units_store = blocks, tile, units_store
         self.count = torch.zeros(1, dtype=torch.int64)
 
     def update(self, key, value, batch, window, pages, layout, policy):
@@ -103,4 +105,4 @@ class HostOps:
             order.data_ptr(), None if weight is None else weight.data_ptr(),
             policy.key.rescale, policy.value.rescale, self.count.data_ptr(), 1,
         )  # fmt: skip
-        library().store_compress(ctypes.byref(params), self.blocks, self.tile)
+        library().store_compress(ctypes.byref(params), self.blocks, self.tile, self.units_store)

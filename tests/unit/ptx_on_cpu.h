@@ -10,6 +10,8 @@ namespace hierasparse {
 inline uint8_t* shared_memory = nullptr;
 
 inline int thread_index() { return threadIdx.x; }
+constexpr bool kFindAnew = false;
+inline int block_index() { return blockIdx.x; }
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory);
 }

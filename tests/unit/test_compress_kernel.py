@@ -20,7 +20,7 @@ def test_pages_have_the_bytes_of_the_reference(d, tile, axis, dtype):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pages_are_filled_from_the_window_and_from_new_rows(seed):
-    packing.check_schedule(functools.partial(HostOps, blocks=1 + 6 * seed), "cpu", seed)
+    packing.check_schedule(functools.partial(HostOps, blocks=1 + 7 * seed, units_store=seed % 2 == 0), "cpu", seed)
 
 
 @pytest.mark.parametrize("tokens", [32, 64, 128])
@@ -28,11 +28,12 @@ def test_window_blocks_of_any_size(tokens):
     packing.check_window_blocks(HostOps, "cpu", tokens)
 
 
+@pytest.mark.parametrize("units_store", [False, True])
 @pytest.mark.parametrize(
     "check", [packing.check_many_requests, packing.check_null_blocks, packing.check_padding, packing.check_repeats]
 )
-def test_steps(check):
-    check(HostOps, "cpu")
+def test_steps(check, units_store):
+    check(functools.partial(HostOps, units_store=units_store), "cpu")
 
 
 def test_three_blocks_share_an_sm():

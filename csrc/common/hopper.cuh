@@ -1,0 +1,163 @@
+// What sm_90a adds to ptx.cuh: products of warpgroups, barriers in shared memory, bulk copies.
+//
+// Shared memory has two kinds of readers: threads, and the units behind wgmma and bulk copies ("async proxy").  What
+// threads wrote is only there for the units after fence_async() in the thread that wrote it and a barrier.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace hierasparse {
+
+// ---- who runs
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+// Named barriers, of `threads` threads: those that wait and those that only arrive.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- barriers in shared memory (mbarrier): a phase ends when `count` arrivals and all announced bytes are there
+__device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t at, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+// Until the phase of this parity has ended; parity 1 of a new barrier has.
+__device__ __forceinline__ void mbarrier_wait(uint32_t at, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\nbra again;\nover:\n}" ::"r"(
+          at),
+      "r"(parity)
+      : "memory");
+}
+// `bytes` (a multiple of 16) to shared memory; they count on the barrier as they land.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// ---- shared memory
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ uint32_t load_shared4(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ void store_shared4(uint32_t at, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+__device__ __forceinline__ float load_shared_float(uint32_t at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ void store_shared_float(uint32_t at, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+__device__ __forceinline__ float2 load_shared_floats(uint32_t at) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ void store_shared_floats(uint32_t at, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void store_shared16(uint32_t at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Four 8 x 8 matrices; lane 8 m + i has the address of row i of matrix m in memory.
+__device__ __forceinline__ uint4 load_matrices(uint32_t at) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at));
+  return v;
+}
+// ... each transposed on its way: row i in memory is column i of the registers.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t at, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y),
+               "r"(z), "r"(w)
+               : "memory");
+}
+
+// ---- products of a warpgroup: d [64, N] += a b, A in registers, B [N, k] in shared memory
+// B: rows of 128 bytes, one per column of d, whose 16-byte pieces are XORed with the row's number modulo 8 ("128-byte
+// swizzle"); the matrix begins at a multiple of 1024, a k-step some bytes behind it.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t at) {
+  return uint64_t{(at & 0x3ffff) >> 4 | 1u << 16} | uint64_t{1u << 30 | 1024 / 16} << 32;
+}
+__device__ __forceinline__ uint64_t wgmma_behind(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {  // all but the last N groups are done
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// The compiler does not know that these registers change later than the instruction that names them.
+template <int N>
+__device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define HS_LIST_32                                                                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define HS_LIST_48 HS_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define HS_LIST_64 HS_LIST_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HS_OUT_8(i)                                                                                           \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define HS_OUT_32 HS_OUT_8(0), HS_OUT_8(8), HS_OUT_8(16), HS_OUT_8(24)
+#define HS_OUT_48 HS_OUT_32, HS_OUT_8(32), HS_OUT_8(40)
+#define HS_OUT_64 HS_OUT_48, HS_OUT_8(48), HS_OUT_8(56)
+
+// N columns in R registers; A0 and so on are the numbers of the operands behind them.
+#define HS_WGMMA(N, R, A0, A1, A2, A3, B, P, M, SEL)                                                                \
+  __device__ __forceinline__ void wgmma(float(&d)[R], const uint4& a, uint64_t b, bool add) {                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N               \
+                 "k16.f32.bf16.bf16 {" HS_LIST_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B              \
+                                                   ", p, 1, 1, 0;\n}"                                               \
+                 : HS_OUT_##R                                                                                       \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));                     \
+  }                                                                                                                 \
+  template <int kSelector>                                                                                          \
+  __device__ __forceinline__ void wgmma_sp(float(&d)[R], const uint4& a, uint32_t metadata, uint64_t b, bool add) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" #N            \
+                 "k32.f32.bf16.bf16 {" HS_LIST_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", %" #M     \
+                                                   ", %" #SEL ", p, 1, 1, 0;\n}"                                    \
+                 : HS_OUT_##R                                                                                       \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)), "r"(metadata),       \
+                   "n"(kSelector));                                                                                 \
+  }
+HS_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38, 39)
+HS_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54, 55)
+HS_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70, 71)
+#undef HS_WGMMA
+#undef HS_OUT_8
+#undef HS_OUT_32
+#undef HS_OUT_48
+#undef HS_OUT_64
+#undef HS_LIST_32
+#undef HS_LIST_48
+#undef HS_LIST_64
+
+}  // namespace hierasparse
