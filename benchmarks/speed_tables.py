@@ -75,7 +75,11 @@ def others(rows: Rows) -> list[str]:
         ("compress-prefill", "store and compress 8 × 8 192 tokens; a device copy of as many bytes", 0.6),
         ("update-decode", "the same launch when no page fills; vLLM's `reshape_and_cache_flash`", None),
         ("chunk8192-ctx131072-expand", "prefill, 8 192 queries at 131 072 tokens; FlashAttention-3", 0.93),
+        ("chunk8192-ctx131072-mmasp", "the same by `mma_sp`", 0.9),
+        ("chunk8192-ctx131072-wgmmasp", "by `wgmma_sp`", 1.15),
+        ("chunk8192-ctx131072-d64", "heads of 64 channels", 1.0),
         ("chunk2048-ctx131072-expand", "prefill, 2 048 queries at 131 072 tokens; FlashAttention-3", 0.80),
+        ("chunk2048-ctx131072-wgmmasp", "by `wgmma_sp`", 1.15),
     ):
         if id in rows:
             r, unit = rows[id], rows[id]["unit"].replace("us", "µs")

@@ -89,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
   bind_compress(m);
   bind_decode(m);
   bind_expand(m);
+  bind_prefill(m);
 }
 
 }  // namespace hierasparse

@@ -55,5 +55,6 @@ inline Dtype parse_dtype(const std::string& name) {
 void bind_compress(py::module_& m);
 void bind_decode(py::module_& m);
 void bind_expand(py::module_& m);
+void bind_prefill(py::module_& m);
 
 }  // namespace hierasparse

@@ -14,21 +14,25 @@ static void expand(const Cache& cache, uintptr_t pages, int count, uintptr_t k, 
   launch_expand(params, reinterpret_cast<cudaStream_t>(stream));
 }
 
-static void merge(uintptr_t out, uintptr_t out_lse, uintptr_t part, uintptr_t part_lse, int64_t out_stride,
-                  int64_t part_stride, int64_t out_lse_stride, int64_t part_lse_stride, uintptr_t rows, int count,
-                  int heads, int head_size, bool out_float, bool part_float, const std::string& dtype,
-                  uintptr_t stream) {
+static void merge(uintptr_t out, uintptr_t out_lse, uintptr_t part, uintptr_t part_lse, int parts, int64_t out_stride,
+                  int64_t part_stride, int64_t parts_stride, int64_t out_lse_stride, int64_t part_lse_stride,
+                  int64_t parts_lse_stride, uintptr_t rows, int count, int heads, int head_size, bool out_float,
+                  bool part_float, const std::string& dtype, uintptr_t stream) {
   require(count >= 0 && heads > 0, "count must not be negative and heads must be positive");
+  require(parts > 0, "parts must be positive");
   require_head_size(head_size);
-  strides({out_stride, part_stride}, "out_stride and part_stride");
+  strides({out_stride, part_stride, parts_stride}, "out_stride, part_stride and parts_stride");
   const MergeParams params{pointer<void>(out, "out"),
                            pointer<float>(out_lse, "out_lse", alignof(float)),
                            pointer<const void>(part, "part"),
                            pointer<const float>(part_lse, "part_lse", alignof(float)),
+                           parts,
                            out_stride,
                            part_stride,
+                           parts_stride,
                            out_lse_stride,
                            part_lse_stride,
+                           parts_lse_stride,
                            pointer_or_null<const int32_t>(rows, "rows", alignof(int32_t)),
                            count,
                            heads,
@@ -44,10 +48,10 @@ void bind_expand(py::module_& m) {
         py::arg("v"), py::arg("page_stride"), py::arg("token_stride"), py::arg("head_stride"), py::arg("k_order"),
         py::arg("stream"), "Compressed pages to dense rows of a workspace");
   m.def("merge", &merge, py::kw_only(), py::arg("out"), py::arg("out_lse"), py::arg("part"), py::arg("part_lse"),
-        py::arg("out_stride"), py::arg("part_stride"), py::arg("out_lse_stride"), py::arg("part_lse_stride"),
-        py::arg("rows") = 0, py::arg("count"), py::arg("heads"), py::arg("head_size"), py::arg("out_float"),
-        py::arg("part_float"), py::arg("dtype"), py::arg("stream"),
-        "Merge attention over one set of keys into attention over another");
+        py::arg("parts"), py::arg("out_stride"), py::arg("part_stride"), py::arg("parts_stride"),
+        py::arg("out_lse_stride"), py::arg("part_lse_stride"), py::arg("parts_lse_stride"), py::arg("rows") = 0,
+        py::arg("count"), py::arg("heads"), py::arg("head_size"), py::arg("out_float"), py::arg("part_float"),
+        py::arg("dtype"), py::arg("stream"), "Merge attention over sets of keys into attention over another");
 }
 
 }  // namespace hierasparse

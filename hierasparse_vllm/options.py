@@ -72,8 +72,13 @@ _SCHEMA: dict[str, dict[str, Any]] = {
     "prefill_workspace_mib": {
         "type": "integer",
         "minimum": 1,
-        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand pages for prefill; any "
-        "context fits, a small workspace takes more rounds.",
+        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand pages for prefill, or keep "
+        "partial results; any context fits, a small workspace takes more rounds.",
+    },
+    "prefill_kernel": {
+        "enum": ["auto", "wgmma_sp", "mma_sp", "expand"],
+        "description": "What reads the compressed pages of a prefill: a fused kernel on sparse tensor cores, or "
+        "FlashAttention on expanded pages; auto is the fastest that can serve the layer on this GPU.",
     },
     "log_interval": {
         "type": "number",
@@ -101,6 +106,7 @@ class Options:
     storage: str = "compressed"
     prefill: str = "position"
     prefill_workspace_mib: int = 256
+    prefill_kernel: str = "auto"
     log_interval: float = 10.0
 
     def __post_init__(self):

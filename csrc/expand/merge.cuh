@@ -1,4 +1,4 @@
-// Merge of two partial attention results by their log-sum-exps, in float32; bound by bytes.
+// Merge of partial attention results by their log-sum-exps, in float32; bound by bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,29 +49,38 @@ __global__ void __launch_bounds__(kThreads) merge_rows(const MergeParams p) {
   const bool inside = row < p.count;
   const int64_t to = !inside ? -1 : p.rows ? p.rows[row] : row;
   float* const out_lse = p.out_lse + head * p.out_lse_stride + to;
-  const float theirs = to < 0 ? -INFINITY : p.part_lse[head * p.part_lse_stride + row];
+  const float* const part_lse = p.part_lse + head * p.part_lse_stride + row;
   const float mine = to < 0 ? -INFINITY : *out_lse;
   __syncwarp();  // the row's log-sum-exp is written by its first thread, and read by all
-  if (theirs == -INFINITY) return;
+  if (to < 0) return;
+  float most = mine;
+  bool any = false;
+  for (int i = 0; i < p.parts; ++i) {
+    const float theirs = part_lse[i * p.parts_lse_stride];
+    most = fmaxf(most, theirs), any |= theirs != -INFINITY;
+  }
+  if (!any) return;
 
   const int value_bytes = p.out_float ? 4 : 2, part_bytes = p.part_float ? 4 : 2;
-  uint8_t* const out =
-      static_cast<uint8_t*>(p.out) + to * p.out_stride + (head * p.head_size + chunk * kValues) * value_bytes;
-  float a[kValues], b[kValues];
-  load<T>(
-      b,
-      static_cast<const uint8_t*>(p.part) + row * p.part_stride + (head * p.head_size + chunk * kValues) * part_bytes,
-      p.part_float);
-  float lse = theirs;
-  if (mine != -INFINITY) {
-    load<T>(a, out, p.out_float);
-    const float most = fmaxf(mine, theirs), x = expf(mine - most), y = expf(theirs - most);
-    lse = most + logf(x + y);
+  const int at = head * p.head_size + chunk * kValues;
+  uint8_t* const out = static_cast<uint8_t*>(p.out) + to * p.out_stride + at * value_bytes;
+  const uint8_t* const part = static_cast<const uint8_t*>(p.part) + row * p.part_stride + at * part_bytes;
+  float sum = 0.f, total[kValues] = {};
+  auto add = [&](float lse, const uint8_t* from, bool is_float) {
+    if (lse == -INFINITY) return;
+    const float weight = expf(lse - most);
+    float x[kValues];
+    load<T>(x, from, is_float);
+    sum += weight;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) b[i] = (x * a[i] + y * b[i]) / (x + y);
-  }
-  store<T>(out, b, p.out_float);
-  if (chunk == 0) *out_lse = lse;
+    for (int i = 0; i < kValues; ++i) total[i] += weight * x[i];
+  };
+  add(mine, out, p.out_float);
+  for (int i = 0; i < p.parts; ++i) add(part_lse[i * p.parts_lse_stride], part + i * p.parts_stride, p.part_float);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) total[i] /= sum;
+  store<T>(out, total, p.out_float);
+  if (chunk == 0) *out_lse = most + logf(sum);
 }
 
 }  // namespace hierasparse::merge

@@ -22,17 +22,21 @@ struct ExpandParams {
   const int32_t* k_order;  // [kv_heads, head_size], the channel at each place of the channel order
 };
 
-// Attention over two disjoint sets of keys: out and out_lse, which hold the one, get the other merged into them.
+// Attention over disjoint sets of keys: out and out_lse, which hold one of them, get the `parts` others merged into
+// them.
 struct MergeParams {
   void* out;              // rows of [heads, head_size]
   float* out_lse;         // [heads, out_lse_stride], natural logarithms; -inf: nothing there yet, `out` is not read
-  const void* part;       // rows of the same shape
-  const float* part_lse;  // [heads, part_lse_stride]; -inf: nothing to merge
+  const void* part;       // [parts] times rows of the same shape
+  const float* part_lse;  // [parts, heads, part_lse_stride]; -inf: nothing to merge, the row is not read
+  int parts;              // at least 1
   int64_t out_stride;     // bytes from a row to the next
   int64_t part_stride;
+  int64_t parts_stride;    // bytes from a part to the next
   int64_t out_lse_stride;  // entries from a head to the next
   int64_t part_lse_stride;
-  const int32_t* rows;  // [count], the row of `out` for each row of `part`, negative: skip it; null: the same row
+  int64_t parts_lse_stride;  // entries from a part to the next
+  const int32_t* rows;       // [count], the row of `out` for each row of `part`, negative: skip it; null: the same row
   int count;
   int heads;
   int head_size;

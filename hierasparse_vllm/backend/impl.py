@@ -62,7 +62,8 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.settings = settings.Settings(self.options, self.vllm_config.model_config.dtype)
         self.layout = self.settings.layout(head_size)
         self.device = compat.current_device()
-        chosen = ops.select(self.device, self.settings.dtype, self.layout, num_heads // self.num_kv_heads)
+        group = num_heads // self.num_kv_heads
+        chosen = ops.select(self.device, self.settings.dtype, self.layout, group, self.options.prefill_kernel)
         self.settings = replace(self.settings, ops=chosen)
         settings.set_current(self.settings)
         self.window: WindowCache | None = None
@@ -86,6 +87,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             self.num_kv_heads,
             self.settings.dtype,
             self.options.prefill_workspace_mib,
+            self.options.prefill_kernel,
         )
         self.window = WindowCache(
             f"{self.name}.{SUFFIX}",

@@ -74,6 +74,8 @@ class Report:
         )  # fmt: skip
         if ops.reason and device != "cpu":  # there is nothing else for a CPU
             logger.warning("HieraSparse: the reference ops run, which are slow on a GPU: %s", ops.reason)
+        if ops.prefill:
+            logger.info("HieraSparse: prefill kernel for compressed pages: %s", ops.prefill)
         dense_block = DENSE_BLOCK.get(device, 16)
         fits = []
         for n in sorted({*LENGTHS, self.config.model_config.max_model_len}):

@@ -19,7 +19,10 @@ from hierasparse_vllm.policy import LayerPolicy
 FA3, FA3_FP8, STORE, COPY = "FlashAttention-3 bf16", "FlashAttention-3 fp8", "reshape_and_cache_flash", "device copy"
 RIVAL_PAGE = 64
 """Tokens per page of a rival's cache."""
-SHOWN = ("preset", "key_sparsity", "value_sparsity", "value_axis", "key_mean", "sink_tokens", "local_window", "policy")
+SHOWN = (
+    "preset", "key_sparsity", "value_sparsity", "value_axis", "key_mean", "sink_tokens", "local_window", "policy",
+    "prefill_kernel",
+)  # fmt: skip
 """Options that a result row tells."""
 
 
@@ -145,6 +148,8 @@ class Case:
 
 
 MOST_SETS = 8
+SHARED_MEMORY_BOUND = 1170e12
+"""Operations per second at which shared memory feeds sparse warpgroup products, on one H200 (docs/kernels.md)."""
 
 
 def read_bytes(layout: PageLayout) -> int:
@@ -166,6 +171,11 @@ def _decode(id: str, batch: int, tokens: int, target: float | None, options: dic
     return Case(f"decode-{id}", "attend", batch, tokens, 1, target, options=options, **kw)
 
 
+def _chunk(queries: str, kernel: str, target: float | None, options: dict[str, Any]) -> Case:
+    id = f"chunk{queries}-ctx131072-{kernel.replace('_', '')}"
+    return Case(id, "attend", 1, 131072, int(queries), target, options=options | {"prefill_kernel": kernel})
+
+
 CASES = (
     _decode("b8-s32768", 8, 32768, 1.75),
     _decode("b8-s131072", 8, 131072, 1.75),
@@ -184,6 +194,10 @@ CASES = (
     Case("compress-prefill", "update", 8, 8192, 8192, 0.6, COPY),
     # Between two page borders, so nothing fills; short, since the length changes nothing.
     Case("update-decode", "update", 32, 1100, 1, None, STORE),
-    Case("chunk8192-ctx131072-expand", "attend", 1, 131072, 8192, 0.93, options=TOKEN),
-    Case("chunk2048-ctx131072-expand", "attend", 1, 131072, 2048, 0.80, options=TOKEN),
+    _chunk("8192", "expand", 0.93, TOKEN),
+    _chunk("2048", "expand", 0.80, TOKEN),
+    _chunk("8192", "mma_sp", 0.9, TOKEN),
+    _chunk("8192", "wgmma_sp", 1.15, TOKEN),
+    _chunk("2048", "wgmma_sp", 1.15, TOKEN),
+    Case("chunk8192-ctx131072-d64", "attend", 1, 131072, 8192, 1.0, options=TOKEN, head_size=64),
 )

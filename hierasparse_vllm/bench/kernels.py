@@ -14,7 +14,8 @@ import torch
 from hierasparse_vllm import ops, results
 from hierasparse_vllm.bench import gate, rivals, timing
 from hierasparse_vllm.bench.caches import Caches
-from hierasparse_vllm.bench.cases import CASES, Case
+from hierasparse_vllm.bench.cases import CASES, SHARED_MEMORY_BOUND, Case
+from hierasparse_vllm.ops.cuda import levels
 
 OURS = "ours"
 SUITE = "kernels"
@@ -32,6 +33,10 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("PyTorch sees no NVIDIA GPU here; --list works without one")
     device = torch.device("cuda", torch.cuda.current_device())
+    left_out = {case.id: reason for case in chosen if (reason := unable(case, device))}
+    for id, reason in left_out.items():
+        print(f"{id:30} left out: {reason}")
+    chosen = [case for case in chosen if case.id not in left_out]
     for case in chosen:  # before anything is measured
         selection(case, device)
     ceiling = timing.copy_rate(device)
@@ -96,6 +101,8 @@ def measure(case: Case, device: torch.device, ceiling: float, quick: bool) -> di
     if case.work == "attend" and not case.captured:
         about |= {"tflops": _short(case.flops / ours / 1e12)}
         about |= {"rival_tflops": _short(case.flops / seconds[variant] / 1e12)}
+        if getattr(caches.ops, "level", None) == "wgmma_sp":
+            about |= {"of_bound": _short(case.flops / ours / SHARED_MEMORY_BOUND)}
     else:
         rate = case.bytes / ours
         about |= {"bytes": case.bytes, "tb_s": _short(rate / 1e12), "of_copy": _short(rate / ceiling)}
@@ -116,8 +123,16 @@ def alone(case: Case, device: torch.device, ceiling: float, quick: bool) -> str:
         run = wrap([lambda step=step: op(step) for step in caches.steps])
         rate = case.bytes / (seconds := timing.alternate({OURS: run}, 5 if quick else 20)[OURS] / sets)
         text = f"{case.id:30} {seconds * 1e6:9.1f} us {rate / 1e12:6.3f} TB/s {rate / ceiling:5.0%} of copy"
+        if case.work == "attend" and not case.captured:
+            text += f" {case.flops / seconds / 1e12:5.0f} TFLOP/s"
     print(text, flush=True)
     return text
+
+
+def unable(case: Case, device: torch.device) -> str | None:
+    """Why the kernel that a case asks for does not run on this GPU, if so."""
+    kernel = levels.LEVELS.get(case.settings.options.prefill_kernel)
+    return kernel and kernel.against(torch.cuda.get_device_capability(device), case.dtype, case.layout)
 
 
 def selection(case: Case, device: torch.device) -> ops.Selection:
@@ -128,7 +143,8 @@ def selection(case: Case, device: torch.device) -> ops.Selection:
     ValueError
         If this installation, or this GPU, has none.
     """
-    chosen = ops.select(device, case.dtype, case.layout, case.heads // case.kv_heads)
+    kernel = case.settings.options.prefill_kernel
+    chosen = ops.select(device, case.dtype, case.layout, case.heads // case.kv_heads, kernel)
     if chosen.name == "reference":
         raise ValueError(f"our kernels cannot run {case.id}: {chosen.reason}")
     return chosen
@@ -141,8 +157,9 @@ def cuda_ops(case: Case, device: torch.device) -> ops.Ops:
 
 def made(chosen: ops.Selection, case: Case, device: torch.device) -> ops.Ops:
     """Chosen ops for a layer of the case's shapes."""
-    mib = case.settings.options.prefill_workspace_mib
-    return ops.make(chosen, device, case.layout, case.kv_heads, case.dtype, mib)
+    options = case.settings.options
+    more = options.prefill_workspace_mib, options.prefill_kernel
+    return ops.make(chosen, device, case.layout, case.kv_heads, case.dtype, *more)
 
 
 def _row(case: Case, about: dict[str, Any], ours: float | None, rival: float | None, gate: bool) -> dict[str, Any]:

@@ -65,13 +65,16 @@ class Ops(Protocol):
 
 
 class Selection(NamedTuple):
-    """Which ops run, and why, if they are not the fastest."""
+    """Which ops run, and why, if they are not the fastest; of the CUDA ops also what reads the pages of prefills."""
 
     name: str
     reason: str | None = None
+    prefill: str | None = None
 
 
-def select(device: torch.device, dtype: torch.dtype, layout: PageLayout, group: int) -> Selection:
+def select(
+    device: torch.device, dtype: torch.dtype, layout: PageLayout, group: int, prefill_kernel: str = "auto"
+) -> Selection:
     """Choose the ops of an engine; cheap, nothing is allocated.
 
     Parameters
@@ -82,11 +85,14 @@ def select(device: torch.device, dtype: torch.dtype, layout: PageLayout, group: 
     layout : PageLayout
     group : int
         Query heads per KV head.
+    prefill_kernel : str
+        Option of that name.
 
     Raises
     ------
     ValueError
-        If the environment variable HIERASPARSE_OPS asks for ops that cannot run here.
+        If the environment variable HIERASPARSE_OPS asks for ops that cannot run here, or the option for a kernel that
+        cannot serve such a layer.
     """
     wish = os.environ.get(VARIABLE) or None
     if wish not in (None, *NAMES):
@@ -95,7 +101,10 @@ def select(device: torch.device, dtype: torch.dtype, layout: PageLayout, group: 
         return Selection("reference", f"{VARIABLE}=reference")
     reason = _against_cuda(device, dtype, layout, group)
     if reason is None:
-        return Selection("cuda")
+        from hierasparse_vllm.ops.cuda import levels
+
+        capability = torch.cuda.get_device_capability(device)
+        return Selection("cuda", prefill="{} ({})".format(*levels.choose(prefill_kernel, capability, dtype, layout)))
     if wish == "cuda":
         raise ValueError(f"HieraSparse: {VARIABLE} is 'cuda', but {reason}.")
     return Selection("reference", reason)
@@ -125,13 +134,19 @@ def _against_cuda(device: torch.device, dtype: torch.dtype, layout: PageLayout, 
 
 
 def make(
-    selection: Selection, device: torch.device, layout: PageLayout, kv_heads: int, dtype: torch.dtype, prefill_mib: int
+    selection: Selection,
+    device: torch.device,
+    layout: PageLayout,
+    kv_heads: int,
+    dtype: torch.dtype,
+    prefill_mib: int,
+    prefill_kernel: str = "auto",
 ) -> Ops:
     """The ops of one layer; the CUDA ops allocate the memory that all layers share."""
     if selection.name == "cuda":
         from hierasparse_vllm.ops.cuda import CudaOps
 
-        return CudaOps(device, layout, kv_heads, dtype, prefill_mib)
+        return CudaOps(device, layout, kv_heads, dtype, prefill_mib, prefill_kernel)
     from hierasparse_vllm.ops.reference import ReferenceOps
 
     return ReferenceOps()

@@ -10,7 +10,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from serving import Engine  # noqa: E402
 
 from hierasparse_vllm.ops.batch import ReadRule  # noqa: E402
-from hierasparse_vllm.ops.cuda import CudaOps  # noqa: E402
+from hierasparse_vllm.ops.cuda import CudaOps, levels  # noqa: E402
 from hierasparse_vllm.page import PageLayout  # noqa: E402
 from tests.gpu import decode_cases  # noqa: E402
 
@@ -21,6 +21,12 @@ def main() -> None:
         ops = CudaOps(case.pages.device, case.layout, 2, torch.bfloat16, 1)
         out = torch.empty_like(case.query)
         ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
+        case = decode_cases.make_case([1100, 40, 700], [300, 17, 90], d=64, group=3, axis=axis, sparse=sparse)
+        for name, level in levels.LEVELS.items():
+            if level.against(torch.cuda.get_device_capability(), torch.bfloat16, case.layout) is None:
+                ops = CudaOps(prefill_mib=1, prefill_kernel=name)
+                out = torch.empty_like(case.query)
+                ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
         layout = PageLayout(64, 2, *sparse, axis, 1, True)
         engine = Engine(layout, torch.bfloat16, ReadRule(256), 2, 2, "cuda", blocks=30, rescale=True, ops=CudaOps())
         seq = engine.sequence(600)

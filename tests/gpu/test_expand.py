@@ -75,6 +75,31 @@ def test_no_pages_and_twice_the_same_page():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_merge_of_several_parts_at_once(d, parts, dtype):
+    """As a softmax over the parts in float64; of each row some parts, or all, have nothing."""
+    import hierasparse_vllm.ops.cuda  # noqa: F401  (defines the operators)
+
+    n, heads = 77, 3
+    values = torch.randn(1 + parts, n, heads, d, device="cuda").to(dtype)
+    lse = torch.randn(1 + parts, heads, n, device="cuda") * 5
+    lse[torch.rand(lse.shape, device="cuda") < 0.3] = -torch.inf
+    lse[1:, :, 3], lse[:, :, 4], lse[0, :, 5] = -torch.inf, -1e4, 1e4
+    empty = (lse == -torch.inf).transpose(1, 2)
+    values[empty] = torch.nan
+    out, out_lse = values[0].clone(), lse[0].clone()
+    torch.ops.hierasparse.merge(out, out_lse, values[1:], lse[1:], None)
+    weight = lse.double().softmax(0).nan_to_num(0).transpose(1, 2)[..., None]
+    want = (weight * values.double().nan_to_num(0)).sum(0)
+    something = ~empty.all(0)
+    torch.testing.assert_close(out[something].double(), want[something], rtol=2**-7 if dtype == BF16 else 2**-10,
+                               atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(out_lse, lse.double().logsumexp(0).float())
+    assert out[~something].isnan().all(), "rows with nothing stay as they were"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("wide", [(False, False), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_merge(d, wide, dtype):

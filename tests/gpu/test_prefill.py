@@ -1,4 +1,4 @@
-"""Prefill over expanded pages, by FA3's rule (test_decode.py), and whole steps of the CUDA ops against float64."""
+"""Prefill with every kernel for pages, by FA3's rule (test_decode.py), and whole steps against float64."""
 
 import itertools
 import sys
@@ -15,10 +15,18 @@ pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def attend(case, mib=64):
-    from hierasparse_vllm.ops.cuda import CudaOps
+@pytest.fixture(params=["expand", "mma_sp", "wgmma_sp"])
+def kernel(request):
+    return request.param
 
-    ops = CudaOps(prefill_mib=mib)
+
+def attend(case, mib=64, kernel="expand"):
+    from hierasparse_vllm.ops.cuda import CudaOps, levels
+
+    dtype = case.query.dtype
+    if reason := levels.LEVELS[kernel].against(torch.cuda.get_device_capability(), dtype, case.layout):
+        pytest.skip(f"{kernel}: {reason}")
+    ops = CudaOps(prefill_mib=mib, prefill_kernel=kernel)
     out = torch.full_like(case.query, torch.nan)
     ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
     torch.cuda.synchronize()
@@ -28,61 +36,101 @@ def attend(case, mib=64):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("axis", ["channel", "token"])
-def test_a_chunk_behind_a_context(cases, d, axis, dtype):
+def test_a_chunk_behind_a_context(cases, d, axis, dtype, kernel):
     for seed, sparse in enumerate([(4, 4), (4, 2), (1, 3), (0, 0)]):
         case = cases.make_case([2900 + 7 * seed], [700], d=d, axis=axis, dtype=dtype, sparse=sparse, seed=seed)
-        check(case, attend(case))
+        check(case, attend(case, kernel=kernel))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_every_sparsity(cases, d, axis, dtype, kernel):
+    """All 25 pairs of S_K and S_V, with sinks and a mean in turn."""
+    for seed in range(25):
+        case = cases.make_case(
+            [1100 + 61 * seed], [100 + seed], d=d, axis=axis, dtype=dtype, sparse=(seed // 5, seed % 5), seed=seed,
+            kv_heads=1, group=3, window=0, sinks=(0, 1, 5, 64)[seed % 4], mean=seed % 3 > 0,
+        )  # fmt: skip
+        check(case, attend(case, kernel=kernel))
 
 
 @pytest.mark.parametrize("window, own_chunk", list(itertools.product([0, 256, 1024], [False, True])))
 @pytest.mark.parametrize("mib", [1, 64])
-def test_several_prefills_between_decodes(cases, window, own_chunk, mib):
+def test_several_prefills_between_decodes(cases, window, own_chunk, mib, kernel):
     """With 1 MiB each round expands one or two pages; lengths around borders, contexts shorter than the window."""
     lengths = [700, 17, 1, 1300, 2049, 512, 0, 300, 256, 3000]
     queries = [1, 17, 1, 700, 20, 512, 0, 3, 255, 1025]
-    case = cases.make_case(lengths, queries, window=window, own_chunk=own_chunk, seed=window + mib, sparse=(4, 2))
-    check(case, attend(case, mib))
+    case = cases.make_case(
+        lengths, queries, window=window, own_chunk=own_chunk, seed=window + mib, sparse=(4, 2), axis="token"
+    )
+    check(case, attend(case, mib, kernel))
 
 
-@pytest.mark.parametrize("group, kv_heads", [(1, 3), (3, 3), (7, 1), (16, 2)])
-def test_group_sizes(cases, group, kv_heads):
-    case = cases.make_case([1500, 400], [600, 400], group=group, kv_heads=kv_heads, d=64, seed=group)
-    check(case, attend(case))
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("group, kv_heads", [(1, 3), (3, 3), (4, 2), (7, 1), (16, 2)])
+def test_group_sizes(cases, group, kv_heads, d, kernel):
+    case = cases.make_case([1500, 400], [600, 400], group=group, kv_heads=kv_heads, d=d, seed=group, axis="token")
+    check(case, attend(case, kernel=kernel))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_chunks_and_contexts(cases, seed):
+def test_random_chunks_and_contexts(cases, seed, kernel):
     g = torch.Generator().manual_seed(seed)
     queries = torch.randint(17, 1500, (3,), generator=g)
     lengths = queries + torch.randint(0, 14_000, (3,), generator=g)
-    case = cases.make_case(lengths.tolist(), queries.tolist(), sparse=(4, 4), seed=seed, shared_prefix=seed % 2 == 1)
-    check(case, attend(case, (4, 64)[seed // 2]))
+    case = cases.make_case(lengths.tolist(), queries.tolist(), sparse=(4, 4), seed=seed, shared_prefix=seed % 2 == 1,
+                           axis="token")  # fmt: skip
+    check(case, attend(case, (4, 64)[seed // 2], kernel))
 
 
-def test_a_long_chunk_behind_a_long_context(cases):
-    case = cases.make_case([44_000], [4_096], kv_heads=1, group=2, seed=3)
-    check(case, attend(case))
+@pytest.mark.parametrize("length, chunk", [(44_000, 4_096), (17_003, 16_384), (1_237, 1_001), (39_777, 19)])
+def test_a_long_chunk_or_a_long_context(cases, length, chunk, kernel):
+    """One KV head, so that few tiles are split into parts."""
+    case = cases.make_case([length], [chunk], kv_heads=1, group=2, seed=3, axis="token")
+    check(case, attend(case, kernel=kernel))
 
 
 @pytest.mark.parametrize("amplitude", [1e-3, 30.0, 300.0])
-def test_flat_and_steep_scores(cases, amplitude):
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_flat_and_steep_scores(cases, amplitude, dtype, kernel):
     # Without the mean, whose sums with the stored differences the expanded rows round: that is worth whole units here.
-    case = cases.make_case([3000, 700], [500, 700], amplitude=amplitude, mean=False, seed=5)
-    out = attend(case)
+    case = cases.make_case([3000, 700], [500, 700], amplitude=amplitude, mean=False, seed=5, dtype=dtype, axis="token")
+    out = attend(case, kernel=kernel)
     for request in range(2):
         rows, want = case.expected(request)
         assert (out[rows.cuda()].float() - want).abs().max() <= 2e-2 * want.abs().max() + 1e-6
 
 
-def test_repeated_runs_give_the_same_bits(cases):
-    case = cases.make_case([5000, 1, 900], [800, 1, 900], seed=2)
-    assert torch.equal(attend(case)[:1701], attend(case)[:1701])
+def test_repeated_runs_give_the_same_bits(cases, kernel):
+    case = cases.make_case([5000, 1, 900], [800, 1, 900], seed=2, axis="token")
+    first = attend(case, kernel=kernel)[:1701]
+    for _ in range(10):
+        assert torch.equal(attend(case, kernel=kernel)[:1701], first)
+
+
+def test_page_ids_beyond_32_bit_offsets(cases, kernel):
+    """A pool of more than 4 GiB: the same blocks at its end give the same bits."""
+    case = cases.make_case([2000], [300], kv_heads=8, seed=7, axis="token")
+    near = attend(case, kernel=kernel)[:300]
+    blocks, size = case.pages.shape[0], case.pages[0].numel()
+    offset = (1 << 32) // size + 3
+    far = torch.full(((offset + blocks) * size,), 255, dtype=torch.uint8, device="cuda")
+    far[offset * size :] = case.pages.reshape(-1)
+    case.pages = far.view(-1, *case.pages.shape[1:])
+    case.window = far.view(case.window.dtype).as_strided(
+        (len(case.pages), *case.window.shape[1:]), case.window.stride()
+    )
+    case.batch.page_table += offset
+    case.batch.window_table += offset
+    case.batch.derived.clear()
+    assert torch.equal(attend(case, kernel=kernel)[:300], near) and near.isfinite().all()
 
 
 # ---- whole steps -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("window, chunk", [(0, False), (256, False), (256, True), (512, False)])
-@pytest.mark.parametrize("axis", ["channel", "token"])
-def test_steps_of_store_compress_and_attend(axis, window, chunk):
+@pytest.mark.parametrize("axis, kernel", [("channel", "expand"), ("channel", "mma_sp"), ("token", "auto")])
+def test_steps_of_store_compress_and_attend(axis, kernel, window, chunk):
     from serving import Engine
 
     from hierasparse_vllm.ops.batch import ReadRule
@@ -91,7 +139,15 @@ def test_steps_of_store_compress_and_attend(axis, window, chunk):
 
     layout = PageLayout(128, 2, 4, 2, axis, 1, True)
     e = Engine(
-        layout, BF16, ReadRule(window, chunk), 2, 4, "cuda", blocks=160, rescale=True, ops=CudaOps(prefill_mib=4)
+        layout,
+        BF16,
+        ReadRule(window, chunk),
+        2,
+        4,
+        "cuda",
+        blocks=160,
+        rescale=True,
+        ops=CudaOps(prefill_mib=4, prefill_kernel=kernel),
     )
     a, b, c = (e.sequence(n) for n in (2300, 1400, 900))
     e.checked_step([(a, 1100)], 3e-2)

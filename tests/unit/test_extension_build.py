@@ -52,7 +52,7 @@ def test_no_kernel_spills_or_has_a_stack(built):
             seen.add((log.name.split("-")[0], target))
             if any(map(int, counts)):
                 bad.append("{} for sm_{}: {} bytes of stack, {} spilled, {} read back".format(name, target, *counts))
-    families = {path.parent.name for path in cuda_build.CSRC.glob("*/launch.cu")}
+    families = {path.relative_to(cuda_build.CSRC).parts[0] for path in cuda_build.CSRC.rglob("launch.cu")}
     assert seen == set(itertools.product(families, cuda_build.TARGETS))
     assert not bad, "\n".join(bad)
 

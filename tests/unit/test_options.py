@@ -25,6 +25,7 @@ DEFAULTS = {
     "storage": "compressed",
     "prefill": "position",
     "prefill_workspace_mib": 256,
+    "prefill_kernel": "auto",
     "log_interval": 10.0,
 }
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "options.schema.json"
@@ -151,6 +152,7 @@ WRONG = {
     "storage": ["dense", None, True, 1],
     "prefill": ["chunks", None, False, 0],
     "prefill_workspace_mib": [0, -1, 0.5, True, "256", None, math.nan, []],
+    "prefill_kernel": ["mma", "AUTO", None, True, 0],
     "log_interval": [-1, -0.001, "10", None, True, False, math.nan, -math.inf, [1]],
 }
 WRONG_PAIRS = [(key, value) for key, wrong in WRONG.items() for value in wrong]
@@ -169,6 +171,7 @@ ALLOWED = {
     "storage": ("'compressed'", "'dense_page'"),
     "prefill": ("'position'", "'chunk'"),
     "prefill_workspace_mib": ("whole numbers from 1",),
+    "prefill_kernel": ("'auto'", "'wgmma_sp'", "'mma_sp'", "'expand'"),
     "log_interval": ("numbers from 0",),
 }
 

@@ -4,13 +4,14 @@ The played FlashAttention returns NaN for rows without keys, and multiplies all 
 its weights, as FlashAttention-3 does.
 """
 
+import numpy as np
 import pytest
 import torch
 from serving import Engine
 
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
 from hierasparse_vllm.ops.cuda import prefill
-from hierasparse_vllm.ops.cuda.plan import long_requests, make_plan
+from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan, page_tiles
 from hierasparse_vllm.ops.reference import ReferenceOps, attention, codec
 from hierasparse_vllm.page import PageLayout
 
@@ -57,6 +58,10 @@ def merge_on_the_cpu():
     """The operator `merge`, which has no CPU implementation."""
 
     def merge(out, out_lse, part, part_lse, rows):
+        for one, one_lse in zip(part, part_lse) if part.dim() == 4 else ():
+            merge(out, out_lse, one, one_lse, rows)
+        if part.dim() == 4:
+            return
         rows = torch.arange(len(part)) if rows is None else rows
         mine = rows >= 0
         rows = rows[mine].long()
@@ -73,25 +78,33 @@ def merge_on_the_cpu():
 
 
 class PlannedOps(ReferenceOps):
-    """The reference ops with the CUDA ops' prefill for requests of more than 16 queries."""
+    """The reference ops with the CUDA ops' prefill for requests of more than 16 queries.
 
-    def __init__(self, slab_pages):
-        self.slab_pages, self.calls = slab_pages, 0
+    ``how`` is as for `make_plan`.
+    """
+
+    def __init__(self, how):
+        self.how, self.calls = how, 0
 
     def attend(self, query, batch, window, pages, layout, policy, scale, out):
         requests = long_requests(batch, LONGEST_DECODE)
         if requests:
-            plan = make_plan(batch, requests, self.slab_pages)
-            self.calls += len(plan.parts)
+            plan = make_plan(batch, requests, self.how)
+            self.calls += len(plan.parts) + (plan.fused is not None)
             heads, d = window.shape[1], layout.head_size
-            workspace = torch.full((2, self.slab_pages, 256, heads, d), torch.nan, dtype=window.dtype)
+            slab_pages = self.how if isinstance(self.how, int) else 0
+            workspace = torch.full((2, slab_pages, 256, heads, d), torch.nan, dtype=window.dtype)
 
             def expand(ids, k, v):
-                assert len(ids) == len(k) <= self.slab_pages and ids.dtype == torch.int32
+                assert len(ids) == len(k) <= slab_pages and ids.dtype == torch.int32
                 for x, rows in zip(codec.unpack(pages[ids.long()], layout, policy, window.dtype), (k, v)):
                     rows.copy_(x.transpose(1, 2))
 
-            prefill.attend(plan, flash, query, window, expand, tuple(workspace), scale, out)
+            def fused(tiles, q, parts, lse):
+                for tile in tiles.tolist():
+                    attend_tile(tile, q, parts, lse, batch, pages, layout, policy, scale)
+
+            prefill.attend(plan, flash, query, window, expand, tuple(workspace), fused, scale, out)
         self.decode(query, batch, window, pages, layout, policy, scale, out)
 
     def decode(self, query, batch: Batch, *args):
@@ -102,17 +115,40 @@ class PlannedOps(ReferenceOps):
                 out[rows] = self._attend_request(query[rows], request, batch, *args[:-1])
 
 
-def engine(slab_pages, window=256, chunk=False, **kw):
+def attend_tile(tile, q, parts, lse, batch, pages, layout, policy, scale):
+    """What a fused kernel does with a tile: each query over its share of each split's pages."""
+    request, row, queries, position, computed = tile
+    borders = [batch.rule.compressed_below(computed if batch.rule.own_chunk_dense else position + i)
+               for i in range(queries)]  # fmt: skip
+    n, splits = borders[-1] // 256, len(parts)
+    ids = batch.page_table[request, :n].long()
+    assert n > 0 and (ids > 0).all()
+    k, v = (x.transpose(1, 2).flatten(0, 1).double() for x in codec.unpack(pages[ids], layout, policy, q.dtype))
+    for split in range(splits):
+        first, end = n * split // splits * 256, n * (split + 1) // splits * 256
+        for i, border in enumerate(borders):
+            keys, values = k[first : min(end, border)], v[first : min(end, border)]
+            heads = q[row + i].double().view(k.shape[1], -1, k.shape[2])
+            score = torch.einsum("hgd,nhd->hgn", heads, keys) * scale
+            lse[split, :, row + i] = score.logsumexp(-1).flatten()
+            weight = score.softmax(-1) if len(keys) else score
+            parts[split, row + i] = torch.einsum("hgn,nhd->hgd", weight, values).flatten(0, 1)
+
+
+FUSED = Grid(queries=48, kv_heads=2, sms=13, part_bytes=3 * 2 * 64 * 4, room=1 << 20)
+
+
+def engine(how, window=256, chunk=False, **kw):
     layout = PageLayout(64, 4, 4, 2, sink_tokens=1, key_mean=True)
     e = Engine(layout, torch.float32, ReadRule(window, chunk), 2, 3, rescale=True, **kw)
-    e.ops = PlannedOps(slab_pages)
+    e.ops = PlannedOps(how)
     return e
 
 
-@pytest.mark.parametrize("slab_pages", [1, 100])
+@pytest.mark.parametrize("how", [1, 100, FUSED], ids=["a page", "100 pages", "fused"])
 @pytest.mark.parametrize("window, chunk", [(0, False), (256, False), (512, False), (0, True), (256, True)])
-def test_chunks_decodes_and_several_prefills(slab_pages, window, chunk):
-    e = engine(slab_pages, window, chunk, blocks=120, seed=slab_pages)
+def test_chunks_decodes_and_several_prefills(how, window, chunk):
+    e = engine(how, window, chunk, blocks=120, seed=1)
     a, b, c, d = (e.sequence(n) for n in (2300, 1400, 900, 300))
     e.checked_step([(a, 1100)], F32)
     e.checked_step([(a, 700), (b, 17), (c, 256)], F32)
@@ -122,8 +158,9 @@ def test_chunks_decodes_and_several_prefills(slab_pages, window, chunk):
     assert e.ops.calls > 1
 
 
-def test_prompts_around_page_borders():
-    e = engine(2, blocks=90)
+@pytest.mark.parametrize("how", [2, FUSED], ids=["2 pages", "fused"])
+def test_prompts_around_page_borders(how):
+    e = engine(how, blocks=90)
     prompts = [e.sequence(n) for n in (17, 255, 256, 257, 511, 512, 513)]
     e.checked_step([(seq, seq.length) for seq in prompts], F32)
 
@@ -145,6 +182,48 @@ def test_calls_of_a_chunk_behind_a_long_context():
     assert torch.equal(torch.cat([c.pages for c in plan.parts]), batch.page_table[0, :9])
 
 
+@pytest.mark.parametrize("window, chunk", [(0, False), (512, False), (256, True)])
+@pytest.mark.parametrize("queries", [12, 48, 192])
+def test_tiles_of_a_fused_kernel(queries, window, chunk):
+    """Every query with pages is in one tile, no other is, and the heaviest tile comes first."""
+    e = engine(4, window, chunk, blocks=100)
+    seqs = [e.sequence(n) for n in (3000, 700, 20)]
+    e.step([(seqs[0], 1900)])
+    batch = e.batch([(seqs[0], 1100), (seqs[1], 700), (seqs[2], 20)])
+    requests = long_requests(batch, LONGEST_DECODE)
+    tiles, pages = page_tiles(requests, batch.rule, queries)
+    assert tiles.dtype == np.int32 and (np.diff(pages) <= 0).all()
+    found = {}
+    for (index, row, n, position, computed), most in zip(tiles.tolist(), pages):
+        request = requests[index]
+        assert 1 <= n <= queries and computed == request.computed
+        borders = [batch.rule.compressed_below(computed if chunk else position + i) for i in range(n)]
+        assert borders[-1] == 256 * most > 0
+        for i in range(n):
+            assert row + i - request.first_row == position + i - computed
+            assert found.setdefault(row + i, index) == index and len(found) > 0
+    assert len(found) == tiles[:, 2].sum(), "no row twice"
+    for request in requests:
+        for row in range(request.first_row, request.first_row + request.queries):
+            position = request.computed + row - request.first_row
+            border = batch.rule.compressed_below(request.computed if chunk else position)
+            assert row in found or border == 0
+
+
+def test_splits_fill_whole_waves():
+    def splits(tiles, pages, **kw):
+        grid = Grid(**({"queries": 48, "kv_heads": 8, "sms": 132, "part_bytes": 1 << 13, "room": 1 << 30} | kw))
+        return grid.splits(np.full(tiles, pages), 48 * tiles)
+
+    assert splits(1, 500) == MOST_SPLITS, "8 CTAs of 132"
+    assert splits(33, 500) == 1, "two whole waves"
+    assert splits(17, 500) > 1, "136 CTAs: a second wave of four"
+    assert splits(1, 40) == 2, "at least 16 pages each"
+    assert splits(1, 3) == 1
+    assert splits(1, 500, room=3 * 48 << 13) == 3, "no more memory"
+    assert splits(1, 500, room=1) == 1
+
+
 def test_lengths_come_from_the_host_where_vllm_tells_them():
     e = engine(4)
     seq = e.sequence(400)
@@ -159,4 +238,7 @@ def test_operators_have_fakes():
     with torch._subclasses.FakeTensorMode():
         x, lse = torch.empty(4, 2, 64), torch.empty(2, 4)
         assert torch.ops.hierasparse.merge(x, lse, x, lse, None) is None
+        parts, ids = torch.empty(2, 4, 2, 64), torch.empty(1, 5, dtype=torch.int32)
+        arguments = (ids, x, parts, parts[..., 0], x, x, x, x, x, x, [128, 256, 0], x, [64, 4, 4, 1, 1, 0], 0.1)
+        assert torch.ops.hierasparse.prefill("mma_sp", *arguments) is None
         assert torch.ops.hierasparse.expand(x, x, x, x, x, x, [64, 4, 4, 1, 1, 0]) is None

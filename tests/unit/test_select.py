@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 
-from hierasparse_vllm import compat, extension, ops
+from hierasparse_vllm import compat, extension, ops, options
+from hierasparse_vllm.ops.cuda import levels
 from hierasparse_vllm.ops.reference import ReferenceOps
 from hierasparse_vllm.page import PageLayout
 
@@ -31,7 +32,7 @@ def select(device=GPU, dtype=torch.bfloat16, layout=LAYOUT, group=4):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group", [1, 3, 16])
 def test_the_cuda_ops_run_where_they_can(gpu, dtype, group):
-    assert select(dtype=dtype, group=group) == ("cuda", None)
+    assert select(dtype=dtype, group=group)[:2] == ("cuda", None)
 
 
 @pytest.mark.parametrize(
@@ -45,14 +46,15 @@ def test_the_cuda_ops_run_where_they_can(gpu, dtype, group):
     ids=str,
 )
 def test_what_the_kernels_lack_is_told(gpu, wrong, reason):
-    name, told = select(**wrong)
+    name, told, prefill = select(**wrong)
+    assert prefill is None
     assert name == "reference" and reason in told
 
 
 def test_a_missing_extension_is_told(gpu):
     gpu.setattr(extension, "load", lambda: None)
     gpu.setattr(extension, "problem", lambda: "The CUDA extension is not built: do this.")
-    assert select() == ("reference", "the CUDA extension is not built: do this")
+    assert select()[:2] == ("reference", "the CUDA extension is not built: do this")
 
 
 def test_a_gpu_without_machine_code_is_told(gpu):
@@ -65,13 +67,75 @@ def test_missing_flash_attention_is_told(gpu):
         raise ImportError("there is none")
 
     gpu.setattr(compat, "flash_attention", missing)
-    assert select() == ("reference", "prefill needs FlashAttention (there is none)")
+    assert select()[:2] == ("reference", "prefill needs FlashAttention (there is none)")
+
+
+# ---- what reads the pages of prefills -------------------------------------------------------------------------------
+H100, OTHER = (9, 0), (8, 9)
+V_TOKEN, V_CHANNEL = PageLayout(128, 2, 4, 4, "token"), PageLayout(128, 2, 4, 4, "channel")
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, layout, name, why",
+    [
+        (H100, BF16, V_TOKEN, "wgmma_sp", "the fastest here"),
+        (H100, BF16, PageLayout(64, 2, 4, 4, "token"), "wgmma_sp", "the fastest here"),
+        (H100, BF16, PageLayout(128, 2, 4, 3, "token"), "expand", "wgmma_sp: it is slower where sub-blocks are dense"),
+        (H100, FP16, V_TOKEN, "expand", "wgmma_sp: it takes dtype bfloat16, this is float16"),
+        (H100, BF16, V_CHANNEL, "expand", "wgmma_sp: it takes value_axis token, this is channel"),
+        (H100, BF16, PageLayout(256, 2, 4, 4, "token"), "expand", "it takes head size 64 or 128, this is 256"),
+        (OTHER, BF16, V_TOKEN, "expand", "wgmma_sp: it takes compute capability 9.0, this is 8.9"),
+    ],
+    ids=str,
+)
+def test_auto_is_the_fastest_kernel_that_serves_the_layer(capability, dtype, layout, name, why):
+    chosen, reason = levels.choose("auto", capability, dtype, layout)
+    assert chosen == name and why in reason
+
+
+@pytest.mark.parametrize("wish", ["mma_sp", "expand"])
+@pytest.mark.parametrize("capability", [H100, OTHER])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_kernel_that_is_asked_for_runs(wish, capability, dtype):
+    for layout in (V_TOKEN, V_CHANNEL, PageLayout(256, 2, 4, 4, "token")):
+        assert levels.choose(wish, capability, dtype, layout) == (wish, "option prefill_kernel")
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, layout, reason",
+    [
+        (OTHER, BF16, V_TOKEN, "it takes compute capability 9.0, this is 8.9"),
+        (H100, FP16, V_TOKEN, "it takes dtype bfloat16, this is float16"),
+        (H100, BF16, V_CHANNEL, "it takes value_axis token, this is channel"),
+        (H100, BF16, PageLayout(256, 2, 4, 4, "token"), "it takes head size 64 or 128, this is 256"),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_cannot_serve_the_layer_stops_the_engine(capability, dtype, layout, reason):
+    with pytest.raises(ValueError) as error:
+        levels.choose("wgmma_sp", capability, dtype, layout)
+    text = str(error.value)
+    assert text == (
+        f"HieraSparse: option 'prefill_kernel' is 'wgmma_sp', but {reason}; allowed here are 'auto', 'mma_sp', 'expand'"
+    )
+
+
+def test_the_options_name_every_kernel():
+    assert options.json_schema()["properties"]["prefill_kernel"]["enum"] == [levels.AUTO, *levels.LEVELS]
+    assert set(levels.AUTOMATIC) <= set(levels.LEVELS)
+
+
+def test_the_choice_is_part_of_the_selection(gpu):
+    assert select().prefill == "expand (the fastest here but wgmma_sp: it takes value_axis token, this is channel)"
+    with pytest.raises(ValueError, match="option 'prefill_kernel' is 'wgmma_sp'"):
+        ops.select(GPU, torch.bfloat16, LAYOUT, 4, "wgmma_sp")
 
 
 # ---- the environment variable ----------------------------------------------------------------------------------------
 def test_the_reference_can_be_asked_for(gpu):
     gpu.setenv(ops.VARIABLE, "reference")
-    assert select() == ("reference", "HIERASPARSE_OPS=reference")
+    assert select()[:2] == ("reference", "HIERASPARSE_OPS=reference")
 
 
 def test_asked_for_cuda_ops_run_or_stop_the_engine(gpu):

@@ -1,4 +1,4 @@
-"""The CUDA ops: our kernels for storing, compressing and decoding, FlashAttention for long prefills."""
+"""The CUDA ops: our kernels to store, compress, decode and read pages in prefills; FlashAttention for their windows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from hierasparse_vllm import compat
+from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
-from hierasparse_vllm.ops.cuda import library, prefill  # noqa: F401  (defines the operators)
+from hierasparse_vllm.ops.cuda import levels, library, prefill  # noqa: F401  (defines the operators)
 from hierasparse_vllm.ops.cuda.buffers import buffers
-from hierasparse_vllm.ops.cuda.plan import long_requests, make_plan
+from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan
 from hierasparse_vllm.page import PageLayout
 from hierasparse_vllm.policy import LayerPolicy
 
@@ -38,6 +38,8 @@ class CudaOps:
         Of the layer's caches.  Given all four, memory is allocated now, else in the first step.
     prefill_mib : int
         Option ``prefill_workspace_mib``.
+    prefill_kernel : str
+        Option of that name.
 
     Attributes
     ----------
@@ -54,26 +56,34 @@ class CudaOps:
         kv_heads: int | None = None,
         dtype: torch.dtype | None = None,
         prefill_mib: int = 256,
+        prefill_kernel: str = levels.AUTO,
     ):
         self.count: torch.Tensor | None = None
-        self._prefill_mib, self._shape, self._tables = prefill_mib, None, None
+        self._prefill_mib, self._prefill_kernel, self._shape, self._tables = prefill_mib, prefill_kernel, None, None
         self._flash = None  # vLLM's, at the first prefill: storing and decoding need no vLLM
         if device is not None:
-            self._prepare(device, layout.head_size, kv_heads, dtype)
+            self._prepare(device, layout, kv_heads, dtype)
 
-    def _prepare(self, *shape) -> None:
-        """Allocate what caches of ``shape`` (device, head size, KV heads, dtype) need, unless it is there."""
+    def _prepare(self, device: torch.device, layout: PageLayout, kv_heads: int, dtype: torch.dtype) -> None:
+        """Choose kernels and allocate memory for caches of such a shape, unless it was done."""
+        shape = (device, layout.head_size, layout.value_axis, kv_heads, dtype)
         if shape == self._shape:
             return
-        device, head_size, kv_heads, dtype = self._shape = shape
-        self._buffers = buffers(device, head_size, kv_heads, dtype, self._prefill_mib)
-        self._expanded = self._buffers.expanded_pages(kv_heads, head_size, dtype)
+        self._shape, capability = shape, torch.cuda.get_device_capability(device)
+        self.level, _ = levels.choose(self._prefill_kernel, capability, dtype, layout)
+        expands = self.level == levels.EXPAND
+        self._buffers = buffers(device, layout.head_size, kv_heads, dtype, self._prefill_mib if expands else 0)
+        self._expanded = self._buffers.expanded_pages(kv_heads, layout.head_size, dtype)
         if self.count is None:
             self.count = torch.zeros(1, dtype=torch.int64, device=device)
 
     def reserve(self, out: torch.Tensor) -> None:
         # Per value: a partial result in the model's dtype, and the sum in float32 (with the log-sum-exps, 4 / D).
-        torch.empty(out.numel() * (out.itemsize + 5), dtype=torch.uint8, device=out.device)
+        need = out.numel() * (out.itemsize + 5)
+        if self.level != levels.EXPAND:  # more partial results, if there is room
+            part = out.numel() * (out.itemsize + 1)
+            need = max(need, part + min((MOST_SPLITS - 1) * part, self._prefill_mib << 20))
+        torch.empty(need, dtype=torch.uint8, device=out.device)
 
     def update(
         self,
@@ -85,7 +95,7 @@ class CudaOps:
         layout: PageLayout,
         policy: LayerPolicy,
     ) -> None:
-        self._prepare(window.device, layout.head_size, window.shape[1], window.dtype)
+        self._prepare(window.device, layout, window.shape[1], window.dtype)
         tables = self._tables_of(policy)
         torch.ops.hierasparse.store_compress(
             key, value, batch.slots, int(batch.query_start[-1]), window, pages, self.count,
@@ -104,29 +114,44 @@ class CudaOps:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        self._prepare(window.device, layout.head_size, window.shape[1], window.dtype)
+        self._prepare(window.device, layout, window.shape[1], window.dtype)
         k_order = self._tables_of(policy).k_order
-        slab_pages = len(self._expanded[0])
-        if ("plan", slab_pages) not in batch.derived:  # what follows from lengths on the host, once per step
+        how = self._how(query)
+        if ("plan", how) not in batch.derived:  # what follows from lengths on the host, once per step
             lengths = batch.query_start.diff()
             decoded = lengths[lengths <= LONGEST_DECODE]
             requests = long_requests(batch, LONGEST_DECODE)
-            plan = make_plan(batch, requests, slab_pages) if requests else None
-            batch.derived["plan", slab_pages] = plan, int(decoded.max()) if len(decoded) else 0
-        plan, longest = batch.derived["plan", slab_pages]
+            plan = make_plan(batch, requests, how) if requests else None
+            batch.derived["plan", how] = plan, int(decoded.max()) if len(decoded) else 0
+        plan, longest = batch.derived["plan", how]
         if plan is not None:  # first, since FlashAttention also writes the rows of decodes between two prefills
 
             def expand(ids, k, v):
                 torch.ops.hierasparse.expand(pages, window, ids, k, v, k_order, _layout(layout))
 
+            def fused(tiles, q, parts, lse):
+                torch.ops.hierasparse.prefill(
+                    self.level, tiles, q, parts, lse, window, pages, *_step(batch), k_order, _layout(layout), scale
+                )
+
             if self._flash is None:
                 self._flash = compat.flash_attention(layout.head_size)
-            prefill.attend(plan, self._flash, query, window, expand, self._expanded, scale, out)
+            prefill.attend(plan, self._flash, query, window, expand, self._expanded, fused, scale, out)
         if longest:
             torch.ops.hierasparse.decode(
                 query, out, window, pages, *_step(batch), k_order, _layout(layout),
                 scale, longest, self._buffers.ctas, self._buffers.workspace, self._buffers.counters,
             )  # fmt: skip
+
+    def _how(self, query: torch.Tensor) -> int | Grid:
+        """What `make_plan` needs to know of the kernel that reads pages."""
+        if self.level == levels.EXPAND:
+            return len(self._expanded[0])
+        _, heads, d = query.shape
+        kv_heads = self._shape[3]
+        columns = extension.load().prefill_columns(self.level, d)
+        part = heads * (d * query.itemsize + 4)
+        return Grid(columns * kv_heads // heads, kv_heads, self._buffers.sms, part, self._prefill_mib << 20)
 
     def _tables_of(self, policy: LayerPolicy) -> _Tables:
         if self._tables is None or self._tables.policy is not policy:

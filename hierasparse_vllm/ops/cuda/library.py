@@ -146,6 +146,46 @@ def decode(
     )
 
 
+@_operator(
+    "prefill(str level, Tensor tiles, Tensor query, Tensor(a!) out, Tensor(b!) lse, Tensor window, Tensor pages, "
+    f"{_STEP}, {_LAYER}, float scale)"
+)
+def prefill(
+    level, tiles, query, out, lse, window, pages, query_start, seq_lens, page_table, window_table, step, k_order,
+    layout, scale,
+):  # fmt: skip
+    """Attention of ``tiles`` int32 [n, 5] over their pages, by a fused kernel; see PrefillParams.
+
+    ``out`` [splits, rows, heads, D], ``lse`` [splits, heads, rows].
+    """
+    assert tiles.dtype == torch.int32 and tiles.is_contiguous() and tiles.shape[1] == 5
+    assert lse.dtype == torch.float32 and lse.stride(2) == 1
+    query_row, query_head = _row_strides(query)
+    out_row, out_head = _row_strides(out[0])
+    extension.load().prefill(
+        level,
+        _batch(query_start, seq_lens, page_table, window_table, step),
+        _cache(pages, window, layout),
+        tiles=tiles.data_ptr(),
+        tile_count=len(tiles),
+        query=query.data_ptr(),
+        query_row_stride=query_row,
+        query_head_stride=query_head,
+        splits=len(out),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        out_split_stride=out.stride(0) * out.itemsize,
+        out_row_stride=out_row,
+        out_head_stride=out_head,
+        lse_split_stride=lse.stride(0),
+        lse_head_stride=lse.stride(1),
+        heads=query.shape[1],
+        scale=scale,
+        k_order=k_order.data_ptr(),
+        stream=_stream(),
+    )
+
+
 @_operator(f"expand(Tensor pages, Tensor window, Tensor ids, Tensor(a!) k, Tensor(b!) v, {_LAYER})")
 def expand(pages, window, ids, k, v, k_order, layout):
     """Pages ``ids`` as dense rows: k and v [n, 256, H, D]; ``window`` only tells the dtype and the heads."""
@@ -169,23 +209,31 @@ def expand(pages, window, ids, k, v, k_order, layout):
 
 @_operator("merge(Tensor(a!) out, Tensor(b!) out_lse, Tensor part, Tensor part_lse, Tensor? rows)")
 def merge(out, out_lse, part, part_lse, rows):
-    """Merge ``part`` [n, heads, D] with its log-sum-exp [heads, n] into ``out``; see MergeParams."""
-    heads, d = part.shape[1:]
+    """Merge ``part`` [n, heads, D] with its log-sum-exp [heads, n] into ``out``; see MergeParams.
+
+    Several parts are [parts, n, heads, D] with [parts, heads, n]: all are merged at once.
+    """
+    if part.dim() == 3:
+        part, part_lse = part[None], part_lse[None]
+    parts, n, heads, d = part.shape
     for x, lse in ((out, out_lse), (part, part_lse)):
-        assert x.stride()[1:] == (d, 1), "the heads of a row lie side by side"
-        assert lse.dtype == torch.float32 and lse.stride(1) == 1
+        assert x.stride()[-2:] == (d, 1), "the heads of a row lie side by side"
+        assert lse.dtype == torch.float32 and lse.stride(-1) == 1
     narrow = out if out.dtype != torch.float32 else part
     extension.load().merge(
         out=out.data_ptr(),
         out_lse=out_lse.data_ptr(),
         part=part.data_ptr(),
         part_lse=part_lse.data_ptr(),
+        parts=parts,
         out_stride=out.stride(0) * out.itemsize,
-        part_stride=part.stride(0) * part.itemsize,
+        part_stride=part.stride(1) * part.itemsize,
+        parts_stride=part.stride(0) * part.itemsize,
         out_lse_stride=out_lse.stride(0),
-        part_lse_stride=part_lse.stride(0),
+        part_lse_stride=part_lse.stride(1),
+        parts_lse_stride=part_lse.stride(0),
         rows=0 if rows is None else rows.data_ptr(),
-        count=len(part),
+        count=n,
         heads=heads,
         head_size=d,
         out_float=out.dtype == torch.float32,

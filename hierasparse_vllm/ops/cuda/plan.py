@@ -1,10 +1,11 @@
-"""What a prefill step has FlashAttention do: decided on the host, once per step, from the requests' lengths.
+"""What a prefill step does: decided on the host, once per step, from the requests' lengths.
 
-A tile (`Tile`) is at most 256 queries with one compressed length.  What a step's long requests read falls into parts,
-each of them one FlashAttention call over all requests:
+A tile (`Tile`) is at most 256 queries with one compressed length.  What a step's long requests read falls into parts.
+The dense part is one FlashAttention call: each tile over its tokens of the window cache, read in place.  Pages are read
+by one launch of a fused kernel, whose tiles are shorter (`page_tiles`), or expanded for one FlashAttention call over
+all requests for
 
-* the dense part: each tile over its tokens of the window cache, which FlashAttention reads in place;
-* compressed pages that all tiles of a request read: the whole request over contiguous expanded rows;
+* pages that all tiles of a request read: the whole request over contiguous expanded rows;
 * pages that only its later tiles read: each tile over its share of expanded pages.
 """
 
@@ -16,11 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hierasparse_vllm.ops.batch import Batch, Request
+from hierasparse_vllm.ops.batch import Batch, ReadRule, Request
 from hierasparse_vllm.page import PAGE_TOKENS
 
 LARGEST_GAP = PAGE_TOKENS
 """Rows without keys in a call are cut into sequences of at most so many, so that they do not widen its launch."""
+
+MOST_SPLITS = 8
+LEAST_SPLIT = 16
+"""Pages of a split at least: below, queries and results weigh too much."""
+CTA_PAGES = 2
+"""What a CTA costs beyond its pages, in pages."""
 
 Sequence = tuple[int, int, int]
 """First row of a sequence of queries, how many they are, and how many keys they read."""
@@ -61,6 +68,25 @@ class Call:
 
 
 @dataclass
+class Fused:
+    """Work of a fused kernel.
+
+    Parameters
+    ----------
+    rows : slice
+        Rows of the step's queries, from the first tile's to the last's.
+    tiles : Tensor, int32 [n, 5]
+        See `page_tiles`; their rows count from ``rows``.
+    splits : int
+        Into how many parts the pages of each tile are cut.
+    """
+
+    rows: slice
+    tiles: torch.Tensor
+    splits: int
+
+
+@dataclass
 class Plan:
     """What a step's long requests need.
 
@@ -71,11 +97,50 @@ class Plan:
         Over expanded pages.
     unwritten : tuple of Tensor, int64
         Window block and offset of every token slot behind a request's last token in that token's block.
+    fused : Fused or None
+        Over pages as they are; instead of ``parts``.
     """
 
     dense: Call
     parts: list[Call]
     unwritten: tuple[torch.Tensor, torch.Tensor]
+    fused: Fused | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a fused kernel's tiles and splits follow from.
+
+    Parameters
+    ----------
+    queries : int
+        Of a tile at most.
+    kv_heads : int
+        CTAs of each tile and split.
+    sms : int
+        CTAs that run at once.
+    part_bytes : int
+        Of one row of one part.
+    room : int
+        Bytes that all parts may take; one part always may.
+    """
+
+    queries: int
+    kv_heads: int
+    sms: int
+    part_bytes: int
+    room: int
+
+    def splits(self, pages: np.ndarray, rows: int) -> int:
+        """How to cut tiles of so many pages, so that the last wave of CTAs is no short one."""
+        longest = int(pages.max())
+        ctas = float(pages.sum()) / longest * self.kv_heads
+        most = min(MOST_SPLITS, max(1, longest // LEAST_SPLIT), max(1, self.room // (rows * self.part_bytes)))
+
+        def cost(n: int) -> float:
+            return -(-ctas * n // self.sms) * (longest / n + CTA_PAGES)
+
+        return min(range(1, most + 1), key=cost)
 
 
 class _Upload:
@@ -122,15 +187,25 @@ def long_requests(batch: Batch, longest_decode: int) -> list[Request]:
     return [r for r in out if r.computed >= 0]
 
 
-def make_plan(batch: Batch, requests: list[Request], slab_pages: int) -> Plan:
-    """Cut the work of ``requests`` (at least one) into calls whose pages fit into a slab."""
+def make_plan(batch: Batch, requests: list[Request], how: int | Grid) -> Plan:
+    """Plan the work of ``requests`` (at least one).
+
+    Parameters
+    ----------
+    batch : Batch
+    requests : list of Request
+    how : int or Grid
+        Pages of a slab, which are expanded at once; or the grid of a fused kernel.
+    """
     upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
     borders = [(mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for mine in tiles]
     calls = [_dense_call(upload, batch, requests, tiles)]
-    for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], slab_pages):
-        calls.append(_shared_call(upload, batch, requests, slab))
-    for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders)], slab_pages):
-        calls.append(_tiled_call(upload, batch, requests, tiles, slab))
+    fused = _fused(upload, requests, batch.rule, how) if isinstance(how, Grid) else None
+    if not isinstance(how, Grid):
+        for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], how):
+            calls.append(_shared_call(upload, batch, requests, slab))
+        for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders)], how):
+            calls.append(_tiled_call(upload, batch, requests, tiles, slab))
     width = batch.window_table.shape[1]
     last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
     blocks = upload.add(np.repeat([place for place, _ in last], [n for _, n in last]))
@@ -138,7 +213,43 @@ def make_plan(batch: Batch, requests: list[Request], slab_pages: int) -> Plan:
 
     get = upload.send(batch.seq_lens.device)
     dense, *parts = [make(get) for make in calls]
-    return Plan(dense, parts, (_look_up(batch.window_table, get(blocks)).long(), get(offsets).long()))
+    unwritten = _look_up(batch.window_table, get(blocks)).long(), get(offsets).long()
+    return Plan(dense, parts, unwritten, fused and fused(get))
+
+
+def page_tiles(requests: list[Request], rule: ReadRule, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tiles of a fused kernel: up to ``queries`` queries of a request each, heaviest first.
+
+    Returns
+    -------
+    tiles : ndarray, int32 [n, 5]
+        As PrefillTile of csrc/prefill/params.h has them.  Tiles without pages are left out.
+    pages : ndarray, int64 [n]
+        Of each.
+    """
+    tiles, pages = [], []
+    for r in requests:
+        for position in range(r.computed, r.length, queries):
+            last = min(position + queries, r.length) - 1
+            border = rule.compressed_below(r.computed if rule.own_chunk_dense else last)
+            if border:
+                row = r.first_row + position - r.computed
+                tiles.append((r.index, row, last + 1 - position, position, r.computed))
+                pages.append(border // PAGE_TOKENS)
+    many = np.array(pages, np.int64)
+    order = np.argsort(-many, kind="stable")
+    return np.array(tiles, np.int32).reshape(-1, 5)[order], many[order]
+
+
+def _fused(upload: _Upload, requests: list[Request], rule: ReadRule, grid: Grid) -> Callable | None:
+    """Upload the tiles; what is returned makes the `Fused` of the uploaded tensor.  None if no page is read."""
+    tiles, pages = page_tiles(requests, rule, grid.queries)
+    if not len(tiles):
+        return None
+    lo, hi = int(tiles[:, 1].min()), int((tiles[:, 1] + tiles[:, 2]).max())
+    tiles[:, 1] -= lo
+    splits, place = grid.splits(pages, hi - lo), upload.add(tiles)
+    return lambda get: Fused(slice(lo, hi), get(place), splits)
 
 
 def _look_up(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,15 @@
-"""Prefill with FlashAttention: compressed pages are expanded slab by slab, partial results are merged (see plan.py)."""
+"""Prefill: FlashAttention over the window, and pages by a fused kernel or expanded for FlashAttention slab by slab.
+
+Partial results are merged (see plan.py)."""
 
 from __future__ import annotations
 
 import torch
 
-from hierasparse_vllm.ops.cuda.plan import Call, Plan
+from hierasparse_vllm.ops.cuda.plan import Call, Fused, Plan
 
 
-def attend(plan: Plan, flash, query, window, expand, workspace, scale: float, out: torch.Tensor) -> None:
+def attend(plan: Plan, flash, query, window, expand, workspace, fused, scale: float, out: torch.Tensor) -> None:
     """Write the outputs of the plan's requests.
 
     Parameters
@@ -21,6 +23,8 @@ def attend(plan: Plan, flash, query, window, expand, workspace, scale: float, ou
         ``expand(ids, k, v)`` writes the dense rows of pages.
     workspace : tuple of Tensor
         Room for dense K and V [pages, 256, H, D].
+    fused : callable
+        ``fused(tiles, query, parts, lse)`` writes attention of tiles over their pages: `library.prefill`.
     scale : float
     """
     d = query.shape[2]
@@ -40,6 +44,8 @@ def attend(plan: Plan, flash, query, window, expand, workspace, scale: float, ou
     merge = torch.ops.hierasparse.merge
     rows = plan.dense.rows
     _, lse = run(plan.dense, keys, values, True, out[rows])
+    if plan.fused is not None:
+        attend_pages(plan.fused, query, fused, out, lse, rows.start)
     if not plan.parts:
         return
     into, into_lse = out[rows], lse
@@ -56,3 +62,15 @@ def attend(plan: Plan, flash, query, window, expand, workspace, scale: float, ou
         merge(into[mine], into_lse[:, mine], part, part_lse, call.merged)
     if len(plan.parts) > 1:
         merge(out[rows], lse, into, into_lse, None)
+
+
+def attend_pages(work: Fused, query, fused, out: torch.Tensor, lse: torch.Tensor, first_row: int) -> None:
+    """Attention over pages by a fused kernel, merged into ``out``; ``lse`` [heads, rows] counts from ``first_row``."""
+    rows = work.rows
+    n, heads, d = query[rows].shape
+    parts = torch.empty(work.splits, n, heads, d, dtype=out.dtype, device=out.device)
+    # Rows of no tile, which read no page, are not written.
+    parts_lse = torch.full((work.splits, heads, n), -torch.inf, dtype=torch.float32, device=out.device)
+    fused(work.tiles, query[rows], parts, parts_lse)
+    mine = slice(rows.start - first_row, rows.stop - first_row)
+    torch.ops.hierasparse.merge(out[rows], lse[:, mine], parts, parts_lse, None)

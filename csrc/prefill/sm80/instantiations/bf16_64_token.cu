@@ -1,0 +1,7 @@
+#include "../kernel.cuh"
+
+namespace hierasparse::prefill_sm80 {
+
+template cudaError_t run<__nv_bfloat16, 64, true>(const Arguments&, cudaStream_t);
+
+}  // namespace hierasparse::prefill_sm80

@@ -1,0 +1,438 @@
+// A consumer: a warpgroup with kN columns.  S^T = K q^T, probabilities, O^T += V^T P^T, one sub-block after the other.
+//
+// Column 8 j + 2 t + e of row tile r and row g + 8 h of it are in element 4 j + 2 h + e of lane 4 g + t of warp r.
+#pragma once
+
+#include "shared.cuh"
+
+namespace hierasparse::prefill90 {
+
+// Fragments of a sub-block of K or V that a warp multiplies at a time: all of a sparse one, half of a dense one.
+template <int kD>
+struct Operand {
+  uint4 a[kD / 32];
+  uint32_t metadata[kD / 64];
+};
+
+// 2^x within 1e-4 of it, without the unit for such functions, which is the limit otherwise; 0 for -infinity.
+// At 128 and above: infinite, NaN, or above 2^126.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kRound = 0x1.8p23f;
+  x = fminf(fmaxf(x, -127.f), 128.f);
+  const float rounded = x + kRound, f = x - (rounded - kRound);
+  const float p = fmaf(fmaf(fmaf(0.05500856f, f, 0.24221055f), f, 0.69328292f), f, 1.f);
+  return __uint_as_float(__float_as_uint(p) + (__float_as_uint(rounded) << 23));
+}
+
+template <class S>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Arguments& p, const Work& work, uint32_t shared, int number)
+      : p_(p),
+        shared_(shared),
+        number_(number),
+        low_page_(work.low / kPageTokens),
+        first_(work.first),
+        scale_(p.scale_log2) {
+    queries_ = wgmma_descriptor(shared + S::kQueries + number * S::kQueryBytes);
+    probabilities_ = shared + S::kProbabilities + number * 2 * S::kHalf;
+  }
+
+  // Tops of all columns over one sub-block without sinks, or over all pages.
+  __device__ __forceinline__ void find_tops(int pages, bool all, uint32_t sinks) {
+#pragma unroll
+    for (int i = 0; i < S::kN / 4; ++i) sum_[i] = -INFINITY;
+    const int count = all ? pages * kSubs : 1;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int page = i / kSubs, sub = all ? i % kSubs : 1;
+      take_key();
+      multiply_keys();
+      wgmma_wait<0>();
+      wgmma_hold(s_);
+      hide(page, sub, sinks);
+      const uint32_t tops = enter(page, all ? sub : 0);
+#pragma unroll
+      for (int j = 0; j < S::kN / 8; ++j) {
+        const float2 top = load_shared_floats(tops + j * 32);
+        sum_[2 * j] = fmaxf(sum_[2 * j], fmaf(fmaxf(s_[4 * j], s_[4 * j + 2]), scale_, -top.x));
+        sum_[2 * j + 1] = fmaxf(sum_[2 * j + 1], fmaf(fmaxf(s_[4 * j + 1], s_[4 * j + 3]), scale_, -top.y));
+      }
+      leave(page, all ? sub : kSubs - 1, all ? pages : 1);
+    }
+    reduce([](float a, float b) { return fmaxf(a, b); });
+    const int column = threadIdx.x % kGroupThreads;
+    if (column < S::kN) {
+      float top = part(0, column);
+#pragma unroll
+      for (int r = 1; r < 4; ++r) top = fmaxf(top, part(r, column));
+      if (top == -INFINITY) top = 0.f;  // all hidden: 0 is as good, and no infinity is subtracted from another
+      store_shared_float(tops_of_all() + column * 4, top);
+    }
+  }
+
+  // O^T and, in the thread of each column, the sum of its probabilities.
+  __device__ __forceinline__ float attend(int pages, uint32_t sinks) {
+#pragma unroll
+    for (int i = 0; i < S::kN / 4; ++i) sum_[i] = 0.f;
+#pragma unroll
+    for (int c = 0; c < S::kD / 64; ++c) {
+#pragma unroll
+      for (int i = 0; i < S::kN / 2; ++i) o_[c][i] = 0.f;
+    }
+    if constexpr (S::kMixed) {
+      attend_one_by_one(pages, sinks);
+    } else {
+      attend_overlapped(pages, sinks);
+    }
+    reduce([](float a, float b) { return a + b; });
+    const int column = threadIdx.x % kGroupThreads;
+    float sum = 0.f;
+    if (column < S::kN) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) sum += part(r, column);
+    }
+    return sum;
+  }
+
+  // O^T into shared memory, a column's channels side by side: place 64 c + 16 j + x of it is channel 64 c + 4 x + j.
+  __device__ __forceinline__ void store_result(float* results) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float* mine = results + 2 * t * S::kResultPitch + 16 * warp_of_group() + g;
+#pragma unroll
+    for (int c = 0; c < S::kD / 64; ++c) {
+#pragma unroll
+      for (int i = 0; i < S::kN / 2; ++i) {
+        mine[(8 * (i / 4) + i % 2) * S::kResultPitch + 64 * c + 8 * (i / 2 % 2)] = o_[c][i];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t tops_of_all() const { return shared_ + S::kTops + number_ * S::kN * 4; }
+  __device__ __forceinline__ void my_turn() const { barrier_sync(kTurn + number_, 2 * kGroupThreads); }
+  __device__ __forceinline__ void others_turn() const { barrier_arrive(kTurn + 1 - number_, 2 * kGroupThreads); }
+
+  // ---- the main loop
+  // S^T of a sub-block and O^T of the one before are under way together, and the exponentials begin when S^T is there.
+  __device__ __forceinline__ void attend_overlapped(int pages, uint32_t sinks) {
+    const int count = pages * kSubs;
+    uint32_t buffer = probabilities_;
+    if (number_ == 1) others_turn();
+    take_key();
+    multiply_keys();
+    wgmma_wait<0>();
+    wgmma_hold(s_);
+    take_key();
+    softmax(0, buffer, pages, sinks);
+#pragma unroll 1
+    for (int i = 1; i < count; ++i) {
+      take_value();
+      my_turn();
+      multiply_keys();
+      // Meanwhile: all four warps' probabilities are there.  (Before the turn it was slower.)
+      fence_async();
+      barrier_sync(kGroup + number_, kGroupThreads);
+      multiply_values(buffer);
+      if (number_ == 0 || i + 1 < count) others_turn();
+      wgmma_wait<1>();
+      wgmma_hold(s_);
+      if (i + 1 < count) take_key();
+      buffer = 2 * probabilities_ + S::kHalf - buffer;
+      softmax(i, buffer, pages, sinks);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+    }
+    take_value();
+    fence_async();
+    barrier_sync(kGroup + number_, kGroupThreads);
+    multiply_values(buffer);
+    wgmma_wait<0>();
+#pragma unroll
+    for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+  }
+  // With dense sub-blocks: no product may be under way where the code branches, or the compiler lets each wait for the
+  // one before.  The other consumer's products go on meanwhile.
+  __device__ __forceinline__ void attend_one_by_one(int pages, uint32_t sinks) {
+    uint32_t buffer = probabilities_;
+#pragma unroll 1
+    for (int i = 0; i < pages * kSubs; ++i) {
+      take_key();
+      multiply_keys();
+      wgmma_wait<0>();
+      wgmma_hold(s_);
+      softmax(i, buffer, pages, sinks);
+      take_value();
+      fence_async();
+      barrier_sync(kGroup + number_, kGroupThreads);
+      multiply_values(buffer);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+      buffer = 2 * probabilities_ + S::kHalf - buffer;
+    }
+  }
+
+  // ---- the ring
+  struct Stage {
+    uint32_t at;
+    int number;
+    bool sparse;
+  };
+  __device__ __forceinline__ Stage front() {
+    const int number = stage_.at;
+    mbarrier_wait(shared_ + S::full(number), stage_.parity);
+    stage_.next(S::kStages);
+    bool sparse = true;
+    if constexpr (S::kMixed) sparse = load_shared4(shared_ + S::kKinds + number * 4) != 0;
+    return {shared_ + S::kRing + number * S::kStageBytes + lane_of_warp() * 16, number, sparse};
+  }
+  // The warp has all that it needs of a stage: products that take its fragments have been issued.  Issued is what
+  // counts: loads of shared memory can wait for long behind the operands of products, and an arrival overtakes them.
+  __device__ __forceinline__ void release(const Stage& stage) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::empty(stage.number));
+  }
+
+  __device__ __forceinline__ void take_key() {
+    key_ = front();
+    if (key_.sparse) {
+      const int r = warp_of_group();
+#pragma unroll
+      for (int step = 0; step < S::kD / 32; ++step) {
+        k_.a[step] = load_shared16(key_.at + (r * (S::kD / 32) + step) * kFragment);
+      }
+      if constexpr (S::kD == 64) {
+        k_.metadata[0] = load_shared4(key_.at + S::kSparseValues + r * 4);
+      } else {
+        static_assert(S::kD == 128);
+        const uint2 words = load_shared8(key_.at + S::kSparseValues + r / 2 * kFragment + r % 2 * 8);
+        k_.metadata[0] = words.x, k_.metadata[1] = words.y;
+      }
+    } else {
+      take_dense_key(0);
+    }
+  }
+  __device__ __forceinline__ void take_dense_key(int half) {
+#pragma unroll
+    for (int i = 0; i < S::kD / 32; ++i) {
+      k_.a[i] = load_shared16(key_.at + (warp_of_group() * (S::kD / 16) + half * (S::kD / 32) + i) * kFragment);
+    }
+  }
+  __device__ __forceinline__ void take_value() {
+    value_ = front();
+    if (value_.sparse) {
+      const int r = warp_of_group();
+#pragma unroll
+      for (int i = 0; i < S::kD / 32; ++i) {
+        v_.a[i] = load_shared16(value_.at + ((4 * (i / 2) + r) * 2 + i % 2) * kFragment);
+      }
+#pragma unroll
+      for (int c = 0; c < S::kD / 64; ++c) {
+        v_.metadata[c] = load_shared4(value_.at + S::kSparseValues + c * kFragment + r * 4);
+      }
+    } else {
+      take_dense_value(0);
+    }
+  }
+  __device__ __forceinline__ void take_dense_value(int half) {
+#pragma unroll
+    for (int i = 0; i < S::kD / 32; ++i) {
+      v_.a[i] = load_shared16(value_.at + ((half * (S::kD / 32) + i) * 4 + warp_of_group()) * kFragment);
+    }
+  }
+
+  // ---- products
+  // S^T of the sub-block whose first fragments have been taken; one group.
+  __device__ __forceinline__ void multiply_keys() {
+    scores_sparse_ = key_.sparse;
+    wgmma_hold(s_);
+    if (key_.sparse) {
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < S::kD / 32; ++step) {
+        const uint64_t b = wgmma_behind(queries_, step / 2 * S::kHalf + step % 2 * 64);
+        if (step % 2 == 0) {
+          wgmma_sp<0>(s_, k_.a[step], k_.metadata[step / 2], b, step > 0);
+        } else {
+          wgmma_sp<1>(s_, k_.a[step], k_.metadata[step / 2], b, true);
+        }
+      }
+      wgmma_commit();
+      if constexpr (S::kMixed) wgmma_wait<0>();
+    } else {
+      wgmma_fence();
+      multiply_dense_keys(0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      take_dense_key(1);
+      wgmma_fence();
+      multiply_dense_keys(1);
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+    release(key_);
+  }
+  __device__ __forceinline__ void multiply_dense_keys(int half) {
+#pragma unroll
+    for (int i = 0; i < S::kD / 32; ++i) {
+      const int step = half * (S::kD / 32) + i;
+      wgmma(s_, k_.a[i], wgmma_behind(queries_, step / 4 * S::kHalf + step % 4 * 32), step > 0);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values(uint32_t probabilities) {
+    const uint64_t p = wgmma_descriptor(probabilities);
+#pragma unroll
+    for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+    if (value_.sparse) {
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < S::kD / 32; ++i) {
+        if (i % 2 == 0) {
+          wgmma_sp<0>(o_[i / 2], v_.a[i], v_.metadata[i / 2], p, true);
+        } else {
+          wgmma_sp<1>(o_[i / 2], v_.a[i], v_.metadata[i / 2], wgmma_behind(p, 64), true);
+        }
+      }
+      wgmma_commit();
+      if constexpr (S::kMixed) wgmma_wait<0>();
+    } else {
+      wgmma_fence();
+      multiply_dense_values(0, p);
+      wgmma_commit();
+      wgmma_wait<0>();
+      take_dense_value(1);
+      wgmma_fence();
+      multiply_dense_values(1, p);
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+    release(value_);
+  }
+  __device__ __forceinline__ void multiply_dense_values(int half, uint64_t p) {
+#pragma unroll
+    for (int i = 0; i < S::kD / 32; ++i) {
+      const int at = half * (S::kD / 32) + i;
+      wgmma(o_[at / 4], v_.a[i], wgmma_behind(p, at % 4 * 32), true);
+    }
+  }
+
+  // ---- softmax
+  // What is subtracted from the exponents of a sub-block: q . mean of its page is in it, if it is sparse.
+  __device__ __forceinline__ uint32_t enter(int page, int sub) {
+    const uint32_t lane = lane_of_warp() % 4 * 8;
+    if (!p_.cache.layout.key_mean) return tops_of_all() + lane;
+    if (sub == 0 && page % kMeanPages == 0) mbarrier_wait(shared_ + S::mean_full(mean_.at), mean_.parity);
+    if (S::kMixed && !scores_sparse_) return tops_of_all() + lane;
+    return shared_ + S::kMeans + ((mean_.at * kMeanPages + page % kMeanPages) * S::kMeanPitch + number_ * S::kN) * 4 +
+           lane;
+  }
+  __device__ __forceinline__ void leave(int page, int sub, int pages) {
+    if (!p_.cache.layout.key_mean || sub + 1 != kSubs) return;
+    if (page % kMeanPages + 1 != kMeanPages && page + 1 != pages) return;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::mean_empty(mean_.at));
+    mean_.next(2);
+  }
+
+  // Scores that a column must not see.
+  __device__ __forceinline__ void hide(int page, int sub, uint32_t sinks) {
+    const bool edge = first_ + page >= low_page_, has_sinks = sinks > 0 && page == 0 && sub == 0;
+    if (!edge && !has_sinks) return;
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, row = 16 * warp_of_group() + g;
+    const uint32_t borders = shared_ + S::kBorders + (number_ * S::kN + 2 * t) * 4;
+    const int start = (first_ + page) * kPageTokens;
+#pragma unroll
+    for (int j = 0; j < S::kN / 8; ++j) {
+      const uint2 border = load_shared8(borders + j * 32);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool hidden = start >= static_cast<int>(e % 2 ? border.y : border.x);
+        if (hidden || (has_sinks && row + 8 * (e / 2) < static_cast<int>(sinks))) s_[4 * j + e] = -INFINITY;
+      }
+    }
+  }
+
+  // Probabilities of sub-block i of the pages, as rows of operand B.
+  __device__ __forceinline__ void softmax(int i, uint32_t buffer, int pages, uint32_t sinks) {
+    const int page = i / kSubs, sub = i % kSubs;
+    hide(page, sub, sinks);
+    const uint32_t tops = enter(page, sub);
+    // The lane's row of a transposed store: column 8 (lane / 16) + lane % 8, keys 16 r + 8 (lane / 8 % 2).
+    const int lane = lane_of_warp();
+    buffer += (lane / 16 * 8 + lane % 8) * kRowBytes + (((2 * warp_of_group() + lane / 8 % 2) ^ lane % 8) << 4);
+    // Pairs of column tiles: exponentials of the next pair are under way while this one is packed and stored.
+    constexpr int kPairs = S::kN / 16;
+    float2 top[2][2];
+    load_tops(tops, 0, top[0]);
+    load_tops(tops, 1, top[1]);
+    exponentials(0, top[0]);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (pair + 2 < kPairs) load_tops(tops, pair + 2, top[pair % 2]);
+      if (pair + 1 < kPairs) exponentials(pair + 1, top[(pair + 1) % 2]);
+      uint32_t x[4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int j = 2 * pair + k;
+        const float* s = s_ + 4 * j;
+        sum_[2 * j] += s[0] + s[2], sum_[2 * j + 1] += s[1] + s[3];
+        x[2 * k] = pack<__nv_bfloat16>(s[0], s[1]), x[2 * k + 1] = pack<__nv_bfloat16>(s[2], s[3]);
+      }
+      store_matrices_transposed(buffer + pair * 16 * kRowBytes, x[0], x[1], x[2], x[3]);
+    }
+    leave(page, sub, pages);
+  }
+
+  __device__ __forceinline__ static void load_tops(uint32_t tops, int pair, float2 (&top)[2]) {
+    top[0] = load_shared_floats(tops + pair * 64), top[1] = load_shared_floats(tops + pair * 64 + 32);
+  }
+  __device__ __forceinline__ void exponentials(int pair, const float2 (&top)[2]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& s = s_[8 * pair + i];
+      const float x = fmaf(s, scale_, -(i % 2 ? top[i / 4].y : top[i / 4].x));
+      s = i % 4 == 0 ? exp2_polynomial(x) : exp2_fast(x);  // more polynomials gain nothing
+    }
+  }
+
+  // sum_ over the lanes of a column: a row of kN for each warp, where the probabilities were.
+  template <class Op>
+  __device__ __forceinline__ void reduce(Op op) const {
+    barrier_sync(kGroup + number_, kGroupThreads);
+    const int lane = threadIdx.x % 32;
+    const uint32_t to = probabilities_ + (warp_of_group() * S::kN + lane % 4 * 2) * 4;
+#pragma unroll
+    for (int j = 0; j < S::kN / 8; ++j) {
+      float x[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = sum_[2 * j + e];
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) x[e] = op(x[e], __shfl_xor_sync(~0u, x[e], step));
+      }
+      if (lane < 4) store_shared_floats(to + j * 32, x[0], x[1]);
+    }
+    barrier_sync(kGroup + number_, kGroupThreads);
+  }
+  __device__ __forceinline__ float part(int r, int column) const {
+    return load_shared_float(probabilities_ + (r * S::kN + column) * 4);
+  }
+
+  const Arguments& p_;
+  const uint32_t shared_;
+  const int number_, low_page_, first_;
+  const float scale_;
+  uint64_t queries_;
+  uint32_t probabilities_;
+  Cursor stage_, mean_;
+  Stage key_, value_;
+  bool scores_sparse_ = true;  // kind of the keys whose scores s_ has
+  Operand<S::kD> k_, v_;
+  float s_[S::kN / 2], o_[S::kD / 64][S::kN / 2];
+  float sum_[S::kN / 4];  // of this lane's probabilities, or their top; of columns 8 j + 2 t + e
+};
+
+}  // namespace hierasparse::prefill90

@@ -1,0 +1,8 @@
+#include "../kernel.cuh"
+
+namespace hierasparse::prefill90 {
+
+template cudaError_t run_shape<128, false>(const PrefillParams&, cudaStream_t);
+template cudaError_t run_shape<128, true>(const PrefillParams&, cudaStream_t);
+
+}  // namespace hierasparse::prefill90

@@ -1,0 +1,131 @@
+// The warpgroup that feeds the others: one thread copies sub-blocks into the ring, three warps work out q . mean.
+#pragma once
+
+#include "shared.cuh"
+
+namespace hierasparse::prefill90 {
+
+template <class S>
+class Copier {
+ public:
+  __device__ __forceinline__ Copier(const Arguments& p, const Work& work, uint32_t shared)
+      : p_(p), work_(work), shared_(shared) {}
+
+  // Sub-blocks `first` to `end` of the work's pages, in the order in which consumers take them: K of one and V of the
+  // one before (where no product overlaps another: of the same one); or K alone.
+  __device__ __forceinline__ void copy(int first, int end, bool values) {
+    constexpr int kBehind = S::kMixed ? 0 : 1;
+#pragma unroll 1
+    for (int item = 2 * first; item < 2 * (end + kBehind); ++item) {
+      const bool value = item % 2 != 0;
+      const int i = item / 2 - (value ? kBehind : 0);
+      if (value ? values && i >= first : i < end) send(i / kSubs, i % kSubs, value);
+    }
+  }
+
+ private:
+  // Ids and index words come from L1, but for the first time.
+  __device__ __forceinline__ void send(int page, int sub, bool value) {
+    const uint8_t* from = work_.region(p_, work_.page_id(p_, work_.first + page));
+    bool sparse = true;
+    if constexpr (S::kMixed) {
+      const PageLayout& layout = p_.cache.layout;
+      const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(from));
+      const uint32_t mask = value ? layout.v_mask(word) : layout.k_mask(word);
+      const int all = value ? layout.sparse_v : layout.sparse_k, before = __popc(mask & ((1u << sub) - 1));
+      sparse = mask >> sub & 1;
+      from += sparse ? before * S::kSparseBytes : all * S::kSparseBytes + (sub - before) * S::kDenseBytes;
+    } else {
+      from += sub * S::kSparseBytes;
+    }
+    from += value ? p_.v_offset : p_.k_offset;
+    mbarrier_wait(shared_ + S::empty(stage_.at), stage_.parity ^ 1);
+    if constexpr (S::kMixed) store_shared4(shared_ + S::kKinds + stage_.at * 4, sparse);
+    const uint32_t bytes = sparse ? S::kSparseBytes : S::kDenseBytes;
+    mbarrier_arrive_expect(shared_ + S::full(stage_.at), bytes);
+    copy_bulk(shared_ + S::kRing + stage_.at * S::kStageBytes, from, bytes, shared_ + S::full(stage_.at));
+    stage_.next(S::kStages);
+  }
+
+  const Arguments& p_;
+  const Work& work_;
+  uint32_t shared_;
+  Cursor stage_;
+};
+
+// The exponents of sparse sub-blocks lack q . mean of their page: it goes into what is subtracted from them, which
+// is top - scale * q . mean of every column, worked out for eight pages at a time.
+template <class S>
+class Means {
+ public:
+  __device__ __forceinline__ Means(const Arguments& p, const Work& work, uint32_t shared)
+      : p_(p), work_(work), shared_(shared) {}
+
+  __device__ __forceinline__ void pages(int first, int end) {
+    for (int page = first; page < end; page += kMeanPages) {
+      const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
+      // Row g of operand A is page g of the batch. What other rows hold does not matter.
+      const bool real = page + g < end;
+      const uint8_t* from = work_.region(p_, work_.page_id(p_, real ? page + g : page)) + p_.mean_offset;
+      mbarrier_wait(shared_ + S::mean_empty(buffer_.at), buffer_.parity ^ 1);
+#pragma unroll 1
+      for (int column = 8 * (warp_of_group() - 1); column < S::kColumns; column += 8 * kMeanWarps) {
+        const uint32_t row =
+            shared_ + S::kQueries + column / S::kN * S::kQueryBytes + (column % S::kN + lane % 8) * kRowBytes;
+        float dot[4] = {};
+#pragma unroll 1  // in 40 registers
+        for (int s = 0; s < S::kD / 32; ++s) {
+          const uint4 mean = __ldg(reinterpret_cast<const uint4*>(from) + 4 * s + t);
+          const int piece = s % 2 * 4 + lane / 8;
+          const uint4 q = load_matrices(row + s / 2 * S::kHalf + ((piece ^ lane % 8) << 4));
+          mma<__nv_bfloat16>(dot, mean.x, 0, mean.y, 0, q.x, q.y);
+          mma<__nv_bfloat16>(dot, mean.z, 0, mean.w, 0, q.z, q.w);
+        }
+        const float2 top = load_shared_floats(shared_ + S::kTops + (column + 2 * t) * 4);
+        store_shared_floats(shared_ + S::kMeans + ((buffer_.at * kMeanPages + g) * S::kMeanPitch + column + 2 * t) * 4,
+                            fmaf(-p_.scale_log2, dot[0], top.x), fmaf(-p_.scale_log2, dot[1], top.y));
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared_ + S::mean_full(buffer_.at));
+      buffer_.next(2);
+    }
+  }
+
+ private:
+  const Arguments& p_;
+  const Work& work_;
+  uint32_t shared_;
+  Cursor buffer_;
+};
+
+template <class S>
+__device__ __forceinline__ void produce(const Arguments& p, const Work& work, uint32_t shared) {
+  const int again = S::kAgain;
+  if (warp_of_group() == 0) {
+    Copier<S> copier(p, work, shared);
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      if (threadIdx.x % 32 == 0) {
+        const int subs = (work.end - work.first) * kSubs;
+        copier.copy(attempt > 0 ? 0 : 1, attempt > 0 ? subs : 2, false);
+        copier.copy(0, subs, true);
+      }
+      __syncwarp();
+      barrier_sync(kAll, kThreads);
+      if (load_shared4(shared + again) == 0) return;
+    }
+  } else {
+    Means<S> means(p, work, shared);
+    const bool needed = p.cache.layout.key_mean;
+#pragma unroll 1
+    for (int pass = 0; pass < 4; ++pass) {  // tops and attention, twice
+      // The queries are there and the tops are zero, or the tops are there.
+      barrier_sync(kWithMeans, kWithMeansThreads);
+      if (needed) means.pages(work.first, pass == 0 ? work.first + 1 : work.end);
+      if (pass % 2 == 0) continue;
+      barrier_sync(kAll, kThreads);
+      if (load_shared4(shared + again) == 0) return;
+    }
+  }
+}
+
+}  // namespace hierasparse::prefill90

@@ -1,0 +1,120 @@
+"""Which kernel reads the compressed pages of a prefill: what each can do, and which is the fastest where.
+
+``expand`` expands pages for FlashAttention; ``mma_sp`` and ``wgmma_sp`` are fused kernels on sparse tensor cores
+(csrc/prefill).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hierasparse_vllm.page import HEAD_SIZES, SUBS, PageLayout
+
+AUTO = "auto"
+EXPAND = "expand"
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a kernel can do.
+
+    Parameters
+    ----------
+    name : str
+        Value of the option ``prefill_kernel``.
+    dtypes : tuple of dtype
+    head_sizes : tuple of int
+    value_axes : tuple of str
+        Directions of V's groups of four.
+    capabilities : tuple or None
+        Compute capabilities; None is every one that the extension has code for.
+    fast_mixed : bool
+        Whether it keeps its speed where pages have dense sub-blocks.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    head_sizes: tuple[int, ...] = HEAD_SIZES
+    value_axes: tuple[str, ...] = ("channel", "token")
+    capabilities: tuple[tuple[int, int], ...] | None = None
+    fast_mixed: bool = True
+
+    def against(self, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> str | None:
+        """Why the kernel cannot serve a layer, in half a sentence; None if it can."""
+        for name, value, allowed in (
+            ("compute capability", capability, self.capabilities),
+            ("dtype", dtype, self.dtypes),
+            ("head size", layout.head_size, self.head_sizes),
+            ("value_axis", layout.value_axis, self.value_axes),
+        ):
+            if allowed is not None and value not in allowed:
+                return f"it takes {name} {' or '.join(map(_show, allowed))}, this is {_show(value)}"
+        return None
+
+
+LEVELS = {
+    level.name: level
+    for level in (
+        Level(
+            "wgmma_sp",
+            dtypes=(torch.bfloat16,),
+            head_sizes=(64, 128),
+            value_axes=("token",),
+            capabilities=((9, 0),),
+            fast_mixed=False,
+        ),
+        Level("mma_sp"),
+        Level(EXPAND),
+    )
+}
+AUTOMATIC = ("wgmma_sp", EXPAND)
+"""The faster first, as measured on an H200 (docs/kernels.md).  ``mma_sp`` was never faster than ``expand``: on wish."""
+
+
+def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> tuple[str, str]:
+    """The level of a layer.
+
+    Parameters
+    ----------
+    wish : str
+        Option ``prefill_kernel``.
+    capability : tuple of int
+        Of the GPU.
+    dtype : torch.dtype
+    layout : PageLayout
+
+    Returns
+    -------
+    name : str
+    why : str
+        For the log.
+
+    Raises
+    ------
+    ValueError
+        If the user asks for a level that cannot serve the layer.
+    """
+    if wish != AUTO:
+        if (reason := LEVELS[wish].against(capability, dtype, layout)) is not None:
+            able = [name for name, level in LEVELS.items() if level.against(capability, dtype, layout) is None]
+            raise ValueError(
+                f"HieraSparse: option 'prefill_kernel' is {wish!r}, but {reason}; allowed here are "
+                f"{', '.join(map(repr, (AUTO, *able)))}"
+            )
+        return wish, "option prefill_kernel"
+    faster = []
+    mixed = layout.sparse_k < SUBS or layout.sparse_v < SUBS
+    for name in AUTOMATIC:
+        reason = LEVELS[name].against(capability, dtype, layout)
+        if reason is None and mixed and not LEVELS[name].fast_mixed:
+            reason = "it is slower where sub-blocks are dense"
+        if reason is None:
+            return name, "the fastest here" if not faster else f"the fastest here but {'; '.join(faster)}"
+        faster.append(f"{name}: {reason}")
+    raise AssertionError("expand takes every layer of the CUDA ops")
+
+
+def _show(value) -> str:
+    return ".".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")

@@ -1,0 +1,90 @@
+// Runs the portable prefill kernel of csrc/prefill on a CPU, from a copy of csrc in which ptx_on_cpu.h stands for
+// common/ptx.cuh.  prefill_on_cpu FOLDER reads FOLDER/numbers and the arrays beside it, and writes FOLDER/out and lse.
+#define HS_PTX_ON_CPU
+#include "cuda_on_cpu.h"
+
+#undef __shared__
+#define __shared__ static  // blocks run one after the other
+
+#include <fstream>
+#include <string>
+
+struct int2 {
+  int x, y;
+};
+template <typename V>
+V __ldg(const V* from) {
+  return *from;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
+inline bool __any_sync(unsigned, bool mine) {
+  return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
+}
+template <typename V>
+V __shfl_sync(unsigned, V mine, int from) {
+  return emulation::exchange(mine, from);
+}
+
+#include "prefill/sm80/kernel.cuh"
+
+using namespace hierasparse;
+using prefill_sm80::Arguments;
+
+template <typename V>
+static std::vector<V> read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
+  std::vector<V> out(bytes.size() / sizeof(V));
+  memcpy(out.data(), bytes.data(), bytes.size());
+  return out;
+}
+template <typename V>
+static void write(const std::string& path, const std::vector<V>& values) {
+  std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(V));
+}
+
+template <typename T, int kD>
+static void run(const Arguments& a) {
+  emulation::launch(a.params.tile_count * a.params.cache.kv_heads * a.params.splits, prefill_sm80::kThreads, [&] {
+    a.params.cache.value_axis_token ? prefill_sm80::prefill_kernel<T, kD, true>(a)
+                                    : prefill_sm80::prefill_kernel<T, kD, false>(a);
+  });
+}
+
+int main(int, char** arguments) {
+  const std::string folder = std::string(arguments[1]) + "/";
+  std::ifstream numbers(folder + "numbers");
+  int d, sparse_k, sparse_v, sinks, mean, bfloat16, rows;
+  PrefillParams p{};
+  numbers >> d >> sparse_k >> sparse_v >> sinks >> mean >> p.cache.value_axis_token >> bfloat16 >> p.cache.kv_heads >>
+      p.heads >> p.scale >> p.batch.page_table_stride >> p.batch.local_window >> p.batch.own_chunk_dense >>
+      p.cache.page_stride >> rows >> p.splits;
+  auto pool = read<uint8_t>(folder + "pool");
+  const auto pages = read<int32_t>(folder + "pages"), order = read<int32_t>(folder + "order");
+  const auto tiles = read<int32_t>(folder + "tiles");
+  const auto query = read<uint16_t>(folder + "query");
+  std::vector<uint16_t> out(query.size() * p.splits, 0xffff);  // NaN
+  std::vector<float> lse(int64_t{p.splits} * rows * p.heads, NAN);
+  p.tiles = reinterpret_cast<const PrefillTile*>(tiles.data()), p.tile_count = tiles.size() / 5;
+  p.batch.page_table = pages.data();
+  p.cache.layout = PageLayout{d, 2, sparse_k, sparse_v, sinks, mean != 0};
+  p.cache.pages = pool.data();
+  p.query = query.data(), p.out = out.data(), p.lse = lse.data(), p.k_order = order.data();
+  p.query_row_stride = p.out_row_stride = int64_t{p.heads} * d * 2, p.query_head_stride = p.out_head_stride = d * 2;
+  p.out_split_stride = rows * p.out_row_stride;
+  p.lse_head_stride = rows, p.lse_split_stride = int64_t{rows} * p.heads;
+  const Arguments a{p, p.cache.layout.head_bytes(), p.cache.layout.k_offset(), p.cache.layout.v_offset(),
+                    p.heads / p.cache.kv_heads, p.scale * 1.44269504f};
+  switch (d) {
+    case 64:
+      bfloat16 ? run<__nv_bfloat16, 64>(a) : run<__half, 64>(a);
+      break;
+    case 128:
+      bfloat16 ? run<__nv_bfloat16, 128>(a) : run<__half, 128>(a);
+      break;
+    default:
+      bfloat16 ? run<__nv_bfloat16, 256>(a) : run<__half, 256>(a);
+  }
+  write(folder + "out", out), write(folder + "lse", lse);
+}
