@@ -199,5 +199,14 @@ CASES = (
     _chunk("8192", "mma_sp", 0.9, TOKEN),
     _chunk("8192", "wgmma_sp", 1.15, TOKEN),
     _chunk("2048", "wgmma_sp", 1.15, TOKEN),
-    Case("chunk8192-ctx131072-d64", "attend", 1, 131072, 8192, 1.0, options=TOKEN, head_size=64),
+    Case(
+        "chunk8192-ctx131072-d64",
+        "attend",
+        1,
+        131072,
+        8192,
+        1.0,
+        options=TOKEN | {"prefill_kernel": "wgmma_sp"},
+        head_size=64,
+    ),
 )

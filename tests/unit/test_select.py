@@ -76,22 +76,10 @@ V_TOKEN, V_CHANNEL = PageLayout(128, 2, 4, 4, "token"), PageLayout(128, 2, 4, 4,
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.mark.parametrize(
-    "capability, dtype, layout, name, why",
-    [
-        (H100, BF16, V_TOKEN, "wgmma_sp", "the fastest here"),
-        (H100, BF16, PageLayout(64, 2, 4, 4, "token"), "wgmma_sp", "the fastest here"),
-        (H100, BF16, PageLayout(128, 2, 4, 3, "token"), "expand", "wgmma_sp: it is slower where sub-blocks are dense"),
-        (H100, FP16, V_TOKEN, "expand", "wgmma_sp: it takes dtype bfloat16, this is float16"),
-        (H100, BF16, V_CHANNEL, "expand", "wgmma_sp: it takes value_axis token, this is channel"),
-        (H100, BF16, PageLayout(256, 2, 4, 4, "token"), "expand", "it takes head size 64 or 128, this is 256"),
-        (OTHER, BF16, V_TOKEN, "expand", "wgmma_sp: it takes compute capability 9.0, this is 8.9"),
-    ],
-    ids=str,
-)
-def test_auto_is_the_fastest_kernel_that_serves_the_layer(capability, dtype, layout, name, why):
-    chosen, reason = levels.choose("auto", capability, dtype, layout)
-    assert chosen == name and why in reason
+def test_auto_is_a_kernel_that_serves_every_layer():
+    for capability, dtype, layout in ((H100, BF16, V_TOKEN), (OTHER, FP16, PageLayout(256, 2, 4, 2, "channel"))):
+        chosen, _ = levels.choose("auto", capability, dtype, layout)
+        assert chosen == "expand" and levels.LEVELS[chosen].against(capability, dtype, layout) is None
 
 
 @pytest.mark.parametrize("wish", ["mma_sp", "expand"])
@@ -123,11 +111,10 @@ def test_a_kernel_that_cannot_serve_the_layer_stops_the_engine(capability, dtype
 
 def test_the_options_name_every_kernel():
     assert options.json_schema()["properties"]["prefill_kernel"]["enum"] == [levels.AUTO, *levels.LEVELS]
-    assert set(levels.AUTOMATIC) <= set(levels.LEVELS)
 
 
 def test_the_choice_is_part_of_the_selection(gpu):
-    assert select().prefill == "expand (the fastest here but wgmma_sp: it takes value_axis token, this is channel)"
+    assert select().prefill == "expand (the fastest as measured on an H200)"
     with pytest.raises(ValueError, match="option 'prefill_kernel' is 'wgmma_sp'"):
         ops.select(GPU, torch.bfloat16, LAYOUT, 4, "wgmma_sp")
 

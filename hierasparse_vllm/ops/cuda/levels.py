@@ -1,4 +1,4 @@
-"""Which kernel reads the compressed pages of a prefill: what each can do, and which is the fastest where.
+"""Which kernel reads the compressed pages of a prefill, and what each can do.
 
 ``expand`` expands pages for FlashAttention; ``mma_sp`` and ``wgmma_sp`` are fused kernels on sparse tensor cores
 (csrc/prefill).
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hierasparse_vllm.page import HEAD_SIZES, SUBS, PageLayout
+from hierasparse_vllm.page import HEAD_SIZES, PageLayout
 
 AUTO = "auto"
 EXPAND = "expand"
@@ -30,8 +30,6 @@ class Level:
         Directions of V's groups of four.
     capabilities : tuple or None
         Compute capabilities; None is every one that the extension has code for.
-    fast_mixed : bool
-        Whether it keeps its speed where pages have dense sub-blocks.
     """
 
     name: str
@@ -39,7 +37,6 @@ class Level:
     head_sizes: tuple[int, ...] = HEAD_SIZES
     value_axes: tuple[str, ...] = ("channel", "token")
     capabilities: tuple[tuple[int, int], ...] | None = None
-    fast_mixed: bool = True
 
     def against(self, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> str | None:
         """Why the kernel cannot serve a layer, in half a sentence; None if it can."""
@@ -63,14 +60,11 @@ LEVELS = {
             head_sizes=(64, 128),
             value_axes=("token",),
             capabilities=((9, 0),),
-            fast_mixed=False,
         ),
         Level("mma_sp"),
         Level(EXPAND),
     )
 }
-AUTOMATIC = ("wgmma_sp", EXPAND)
-"""The faster first, as measured on an H200 (docs/kernels.md).  ``mma_sp`` was never faster than ``expand``: on wish."""
 
 
 def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> tuple[str, str]:
@@ -104,16 +98,7 @@ def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: P
                 f"{', '.join(map(repr, (AUTO, *able)))}"
             )
         return wish, "option prefill_kernel"
-    faster = []
-    mixed = layout.sparse_k < SUBS or layout.sparse_v < SUBS
-    for name in AUTOMATIC:
-        reason = LEVELS[name].against(capability, dtype, layout)
-        if reason is None and mixed and not LEVELS[name].fast_mixed:
-            reason = "it is slower where sub-blocks are dense"
-        if reason is None:
-            return name, "the fastest here" if not faster else f"the fastest here but {'; '.join(faster)}"
-        faster.append(f"{name}: {reason}")
-    raise AssertionError("expand takes every layer of the CUDA ops")
+    return EXPAND, "the fastest as measured on an H200"
 
 
 def _show(value) -> str:
