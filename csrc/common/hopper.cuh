@@ -118,16 +118,15 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define HS_LIST_32                                                                                                 \
+#define HS_LIST_48                                                                                                 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31"
-#define HS_LIST_48 HS_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+  "%46, %47"
 #define HS_LIST_64 HS_LIST_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define HS_OUT_8(i)                                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define HS_OUT_32 HS_OUT_8(0), HS_OUT_8(8), HS_OUT_8(16), HS_OUT_8(24)
-#define HS_OUT_48 HS_OUT_32, HS_OUT_8(32), HS_OUT_8(40)
+#define HS_OUT_48 HS_OUT_8(0), HS_OUT_8(8), HS_OUT_8(16), HS_OUT_8(24), HS_OUT_8(32), HS_OUT_8(40)
 #define HS_OUT_64 HS_OUT_48, HS_OUT_8(48), HS_OUT_8(56)
 
 // N columns in R registers; A0 and so on are the numbers of the operands behind them.
@@ -148,15 +147,12 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)), "r"(metadata),       \
                    "n"(kSelector));                                                                                 \
   }
-HS_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38, 39)
 HS_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54, 55)
 HS_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70, 71)
 #undef HS_WGMMA
 #undef HS_OUT_8
-#undef HS_OUT_32
 #undef HS_OUT_48
 #undef HS_OUT_64
-#undef HS_LIST_32
 #undef HS_LIST_48
 #undef HS_LIST_64
 

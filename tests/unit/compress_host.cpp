@@ -3,10 +3,6 @@
 
 #include <cstdlib>
 
-struct int2 { int x, y; };
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int max(int a, int b) { return a > b ? a : b; }
-inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
 inline bool __all_sync(unsigned, bool mine) {
   return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a & b; }) != 0;
 }

@@ -28,7 +28,10 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct int2 { int x, y; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // ---- the block that runs
 struct Index { unsigned x = 0; };
@@ -138,6 +141,14 @@ uint32_t reduce(uint32_t mine, Op op) {
 
 }  // namespace emulation
 
+template <typename V>
+V __ldg(const V* from) { return *from; }
+inline void __syncwarp() { emulation::meet(emulation::warp(), emulation::kLanes); }
+template <typename V>
+V __shfl_sync(unsigned, V mine, int from) { return emulation::exchange(mine, from); }
+inline bool __any_sync(unsigned, bool mine) {
+  return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
+}
 inline void __syncthreads() { emulation::meet(emulation::block.all, emulation::block.threads.size()); }
 inline bool __syncthreads_or(bool mine) {
   emulation::block.given[threadIdx.x] = mine;
@@ -177,6 +188,7 @@ inline void atomicMax(uint32_t* to, uint32_t x) { *to = *to > x ? *to : x; }
 inline void atomicAnd(uint32_t* to, uint32_t x) { *to &= x; }
 inline void atomicOr(uint32_t* to, uint32_t x) { *to |= x; }
 
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t both = low | uint64_t{high} << 32;

@@ -6,31 +6,13 @@
 #undef __shared__
 #define __shared__ static  // blocks run one after the other
 
-#include <fstream>
-#include <string>
+#include "arrays.h"
 
-struct int2 {
-  int x, y;
-};
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int max(int a, int b) { return a > b ? a : b; }
-template <typename V>
-V __ldg(const V* from) {
-  return *from;
-}
 template <typename V>
 V __ldcg(const V* from) {
   return *from;
 }
 inline void __threadfence() {}
-inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
-inline bool __any_sync(unsigned, bool mine) {
-  return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
-}
-template <typename V>
-V __shfl_sync(unsigned, V mine, int from) {
-  return emulation::exchange(mine, from);
-}
 namespace hierasparse::decode {
 alignas(128) uint8_t memory[256 << 10];
 }
@@ -38,15 +20,6 @@ alignas(128) uint8_t memory[256 << 10];
 #include "decode/kernel.cuh"
 
 using namespace hierasparse;
-
-template <typename V>
-static std::vector<V> read(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
-  std::vector<V> out(bytes.size() / sizeof(V));
-  memcpy(out.data(), bytes.data(), bytes.size());
-  return out;
-}
 
 template <typename T, int kD>
 static void run(const DecodeParams& p, bool tokens, int tiles) {

@@ -6,43 +6,12 @@
 #undef __shared__
 #define __shared__ static  // blocks run one after the other
 
-#include <fstream>
-#include <string>
-
-struct int2 {
-  int x, y;
-};
-template <typename V>
-V __ldg(const V* from) {
-  return *from;
-}
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
-inline bool __any_sync(unsigned, bool mine) {
-  return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
-}
-template <typename V>
-V __shfl_sync(unsigned, V mine, int from) {
-  return emulation::exchange(mine, from);
-}
+#include "arrays.h"
 
 #include "prefill/sm80/kernel.cuh"
 
 using namespace hierasparse;
 using prefill_sm80::Arguments;
-
-template <typename V>
-static std::vector<V> read(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
-  std::vector<V> out(bytes.size() / sizeof(V));
-  memcpy(out.data(), bytes.data(), bytes.size());
-  return out;
-}
-template <typename V>
-static void write(const std::string& path, const std::vector<V>& values) {
-  std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(V));
-}
 
 template <typename T, int kD>
 static void run(const Arguments& a) {

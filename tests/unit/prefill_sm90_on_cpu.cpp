@@ -5,23 +5,8 @@
 #define __CUDA_ARCH_FEAT_SM90_ALL
 #include "cuda_on_cpu.h"
 
-#include <fstream>
-#include <string>
+#include "arrays.h"
 
-struct int2 {
-  int x, y;
-};
-inline int max(int a, int b) { return a > b ? a : b; }
-template <typename V>
-V __ldg(const V* from) {
-  return *from;
-}
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline void __syncwarp() { emulation::meet(emulation::warp(), 32); }
-template <typename V>
-V __shfl_sync(unsigned, V mine, int from) {
-  return emulation::exchange(mine, from);
-}
 inline uint32_t __float_as_uint(float x) {
   uint32_t y;
   memcpy(&y, &x, 4);
@@ -39,15 +24,6 @@ alignas(1024) uint8_t memory[227 << 10];
 #include "prefill/sm90/kernel.cuh"
 
 using namespace hierasparse;
-
-template <typename V>
-static std::vector<V> read(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
-  std::vector<V> out(bytes.size() / sizeof(V));
-  memcpy(out.data(), bytes.data(), bytes.size());
-  return out;
-}
 
 template <class S>
 static void run(const PrefillParams& p) {
@@ -91,6 +67,5 @@ int main(int, char** arguments) {
   } else {
     run<Shape<128, prefill_sm90_group_columns(128), false>>(p);
   }
-  std::ofstream(folder + "out", std::ios::binary).write(reinterpret_cast<const char*>(out.data()), out.size() * 2);
-  std::ofstream(folder + "lse", std::ios::binary).write(reinterpret_cast<const char*>(lse.data()), lse.size() * 4);
+  write(folder + "out", out), write(folder + "lse", lse);
 }

@@ -3,35 +3,19 @@
 Shapes are small; tests/gpu/test_decode.py has large ones, and what only a GPU can get wrong.
 """
 
-import shutil
-import subprocess
-
-import numpy as np
 import pytest
 import torch
 
 from tests.gpu import decode_cases
-from tests.models import ROOT
+from tests.unit import on_cpu
 
-HERE = ROOT / "tests" / "unit"
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("decode")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(HERE / "ptx_on_cpu.h", folder / "csrc" / "common" / "ptx.cuh")
-    source = folder / "csrc" / "decode" / "kernel.cuh"
-    text = source.read_text()
-    text = text.replace("extern __shared__ __align__(128) uint8_t memory[];", "")
-    text = text[: text.index("// ---- launch")] + "}  // namespace hierasparse::decode\n"  # <<<...>>> is not C++
-    source.write_text(text)
-    command = ["g++", "-std=c++17", "-O2", "-w", f"-I{folder / 'csrc'}", f"-I{HERE}"]
-    subprocess.run([*command, str(HERE / "decode_on_cpu.cpp"), "-o", str(folder / "decode")], check=True)
-    return folder / "decode"
+    return on_cpu.build(folder, "decode", "decode/kernel.cuh", "hierasparse::decode")
 
 
 def run(kernel, folder, case, most, ctas):
@@ -44,16 +28,13 @@ def run(kernel, folder, case, most, ctas):
         len(batch.seq_lens), batch.page_table.shape[1], batch.window_block, batch.rule.local_window,
         int(batch.rule.own_chunk_dense), case.pages[0].numel(), most, ctas, len(case.query),
     )  # fmt: skip
-    (folder / "numbers").write_text(" ".join(map(str, numbers)))
     arrays = {
         "pool": case.pages, "starts": batch.query_start, "lengths": batch.seq_lens, "pages": batch.page_table,
         "window": batch.window_table, "order": case.policy.key.grouping.order.int(),
         "query": case.query.view(torch.int16),
     }  # fmt: skip
-    for name, x in arrays.items():
-        x.contiguous().numpy().tofile(folder / name)
-    subprocess.run([kernel, str(folder)], check=True, timeout=500)
-    return torch.from_numpy(np.fromfile(folder / "out", np.int16)).view(case.query.dtype).view(case.query.shape)
+    on_cpu.call(kernel, folder, numbers, arrays)
+    return on_cpu.result(folder, "out", case.query.dtype).view(case.query.shape)
 
 
 CASES = {

@@ -4,35 +4,22 @@ Shapes are small; tests/gpu/test_prefill.py has large ones, and what only a GPU 
 """
 
 import itertools
-import shutil
-import subprocess
 
-import numpy as np
 import pytest
 import torch
 
 from hierasparse_vllm.ops.cuda.plan import long_requests, page_tiles
 from tests.gpu import decode_cases
-from tests.models import ROOT
+from tests.unit import on_cpu
 
-HERE = ROOT / "tests" / "unit"
 BF16, FP16 = torch.bfloat16, torch.float16
 COLUMNS = {64: 192, 128: 192, 256: 64}  # prefill_sm80_columns of csrc/prefill/sm80/launch.h
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("prefill")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(HERE / "ptx_on_cpu.h", folder / "csrc" / "common" / "ptx.cuh")
-    source = folder / "csrc" / "prefill" / "sm80" / "kernel.cuh"
-    text = source.read_text()
-    source.write_text(text[: text.index("// ---- launch")] + "}\n")  # <<<...>>> is not C++
-    command = ["g++", "-std=c++17", "-O2", "-w", f"-I{folder / 'csrc'}", f"-I{HERE}"]
-    subprocess.run([*command, str(HERE / "prefill_on_cpu.cpp"), "-o", str(folder / "prefill")], check=True)
-    return folder / "prefill"
+    return on_cpu.build(folder, "prefill", "prefill/sm80/kernel.cuh", "hierasparse::prefill_sm80")
 
 
 def run(kernel, folder, case, splits):
@@ -46,16 +33,12 @@ def run(kernel, folder, case, splits):
         batch.page_table.shape[1], batch.rule.local_window, int(batch.rule.own_chunk_dense), case.pages[0].numel(),
         rows, splits,
     )  # fmt: skip
-    (folder / "numbers").write_text(" ".join(map(str, numbers)))
     arrays = {
         "pool": case.pages, "pages": batch.page_table, "order": case.policy.key.grouping.order.int(),
         "query": case.query.view(torch.int16), "tiles": torch.from_numpy(tiles),
     }  # fmt: skip
-    for name, x in arrays.items():
-        x.contiguous().numpy().tofile(folder / name)
-    subprocess.run([kernel, str(folder)], check=True, timeout=500)
-    out = torch.from_numpy(np.fromfile(folder / "out", np.int16)).view(case.query.dtype)
-    lse = torch.from_numpy(np.fromfile(folder / "lse", np.float32))
+    on_cpu.call(kernel, folder, numbers, arrays)
+    out, lse = on_cpu.result(folder, "out", case.query.dtype), on_cpu.result(folder, "lse", torch.float32)
     return out.view(splits, rows, heads, layout.head_size), lse.view(splits, heads, rows)
 
 

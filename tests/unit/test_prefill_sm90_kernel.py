@@ -3,37 +3,22 @@
 Against attention over what a page's reader sees.  Shapes are small; timings and races need a GPU.
 """
 
-import shutil
-import subprocess
-
-import numpy as np
 import pytest
 import torch
 
 from hierasparse_vllm.page import PAGE_TOKENS
 from tests.gpu import decode_cases
-from tests.models import ROOT
+from tests.unit import on_cpu
 
-HERE = ROOT / "tests" / "unit"
 COLUMNS = {64: 256, 128: 192}  # of a CTA
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("prefill")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for name in ("ptx", "hopper"):
-        shutil.copy(HERE / f"{name}_on_cpu.h", folder / "csrc" / "common" / f"{name}.cuh")
-    source = folder / "csrc" / "prefill" / "sm90" / "kernel.cuh"
-    text = source.read_text()
-    text = text.replace("extern __shared__ __align__(1024) uint8_t memory[];", "")
-    text = text[: text.index("// ---- launch")] + "}  // namespace hierasparse::prefill90\n"  # <<<...>>> is not C++
-    source.write_text(text)
-    command = ["g++", "-std=c++17", "-O2", "-w", f"-I{folder / 'csrc'}", f"-I{HERE}"]
-    subprocess.run([*command, str(HERE / "prefill_sm90_on_cpu.cpp"), "-o", str(folder / "prefill")], check=True)
-    return folder / "prefill"
+    return on_cpu.build(
+        folder, "prefill_sm90", "prefill/sm90/kernel.cuh", "hierasparse::prefill90", headers=("ptx", "hopper")
+    )
 
 
 def make_tiles(case, most):
@@ -54,18 +39,13 @@ def run(kernel, folder, case, tiles, splits):
         case.pages.shape[1], heads, case.scale, batch.page_table.shape[1], batch.rule.local_window,
         int(batch.rule.own_chunk_dense), case.pages[0].numel(), splits, rows,
     )  # fmt: skip
-    (folder / "numbers").write_text(" ".join(map(str, numbers)))
     arrays = {
         "pool": case.pages, "pages": batch.page_table, "order": case.policy.key.grouping.order.int(),
         "query": case.query.view(torch.int16), "tiles": torch.tensor(tiles, dtype=torch.int32),
     }  # fmt: skip
-    for name, x in arrays.items():
-        x.contiguous().numpy().tofile(folder / name)
-    subprocess.run([kernel, str(folder)], check=True, timeout=300)
-    out = torch.from_numpy(np.fromfile(folder / "out", np.int16)).view(torch.bfloat16)
-    return out.view(splits, *case.query.shape), torch.from_numpy(np.fromfile(folder / "lse", np.float32)).view(
-        splits, heads, rows
-    )
+    on_cpu.call(kernel, folder, numbers, arrays)
+    out, lse = on_cpu.result(folder, "out", torch.bfloat16), on_cpu.result(folder, "lse", torch.float32)
+    return out.view(splits, *case.query.shape), lse.view(splits, heads, rows)
 
 
 def expected(case, tile, splits, dtype):

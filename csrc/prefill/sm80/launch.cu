@@ -2,9 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "../checks.h"
 #include "launch.h"
 #include "params.h"
 
@@ -49,16 +47,9 @@ void launch_prefill_sm80(const PrefillParams& p, cudaStream_t stream) {
                                   p.heads / p.cache.kv_heads,
                                   p.scale * 1.44269504088896341f};
   if (p.tile_count == 0) return;
-  if (int64_t{p.tile_count} * p.cache.kv_heads * p.splits > INT32_MAX) {
-    throw std::runtime_error("HieraSparse: prefill got more tiles than fit into one launch.");
-  }
-  if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
-  const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? prefill_sm80::with_dtype<__half>(a, stream)
-                                                             : prefill_sm80::with_dtype<__nv_bfloat16>(a, stream);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("HieraSparse: the prefill kernel was not launched: ") +
-                             cudaGetErrorString(error));
-  }
+  check_prefill(p);
+  check_launched(p.cache.dtype == Dtype::kFloat16 ? prefill_sm80::with_dtype<__half>(a, stream)
+                                                  : prefill_sm80::with_dtype<__nv_bfloat16>(a, stream));
 }
 
 }  // namespace hierasparse

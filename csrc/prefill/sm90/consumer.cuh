@@ -140,17 +140,13 @@ class Consumer {
       if (i + 1 < count) take_key();
       buffer = 2 * probabilities_ + S::kHalf - buffer;
       softmax(i, buffer, pages, sinks);
-      wgmma_wait<0>();
-#pragma unroll
-      for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+      wait_for_values();
     }
     take_value();
     fence_async();
     barrier_sync(kGroup + number_, kGroupThreads);
     multiply_values(buffer);
-    wgmma_wait<0>();
-#pragma unroll
-    for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+    wait_for_values();
   }
   // With dense sub-blocks: no product may be under way where the code branches, or the compiler lets each wait for the
   // one before.  The other consumer's products go on meanwhile.
@@ -167,9 +163,7 @@ class Consumer {
       fence_async();
       barrier_sync(kGroup + number_, kGroupThreads);
       multiply_values(buffer);
-      wgmma_wait<0>();
-#pragma unroll
-      for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+      wait_for_values();
       buffer = 2 * probabilities_ + S::kHalf - buffer;
     }
   }
@@ -284,8 +278,7 @@ class Consumer {
 
   __device__ __forceinline__ void multiply_values(uint32_t probabilities) {
     const uint64_t p = wgmma_descriptor(probabilities);
-#pragma unroll
-    for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+    hold_results();
     if (value_.sparse) {
       wgmma_fence();
 #pragma unroll
@@ -310,6 +303,15 @@ class Consumer {
       wgmma_wait<0>();
     }
     release(value_);
+  }
+  __device__ __forceinline__ void hold_results() {
+#pragma unroll
+    for (int c = 0; c < S::kD / 64; ++c) wgmma_hold(o_[c]);
+  }
+  // O^T, and whatever was issued before it, is there.
+  __device__ __forceinline__ void wait_for_values() {
+    wgmma_wait<0>();
+    hold_results();
   }
   __device__ __forceinline__ void multiply_dense_values(int half, uint64_t p) {
 #pragma unroll

@@ -1,7 +1,5 @@
 // Chooses the instantiation; the kernels themselves are compiled in instantiations/.
-#include <stdexcept>
-#include <string>
-
+#include "../checks.h"
 #include "launch.h"
 
 namespace hierasparse {
@@ -33,15 +31,10 @@ void launch_prefill_sm90(const PrefillParams& p, cudaStream_t stream) {
   prefill90::require(p.cache.value_axis_token != 0, "the groups of V must lie along tokens.");
   prefill90::require(p.cache.layout.sink_tokens <= kSubTokens, "there may be at most 64 sink tokens.");
   prefill90::require(p.heads % p.cache.kv_heads == 0, "query heads must be a multiple of KV heads.");
-  prefill90::require(p.scale > 0.f, "the scale of the logits must be positive.");
   prefill90::require(p.splits > 0, "the number of splits must be positive.");
+  check_prefill(p);
   if (p.tile_count == 0) return;
-  const cudaError_t error =
-      head_size == 64 ? prefill90::with_sparsity<64>(p, stream) : prefill90::with_sparsity<128>(p, stream);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("HieraSparse: the prefill kernel for sm_90a was not launched: ") +
-                             cudaGetErrorString(error));
-  }
+  check_launched(head_size == 64 ? prefill90::with_sparsity<64>(p, stream) : prefill90::with_sparsity<128>(p, stream));
 }
 
 }  // namespace hierasparse
