@@ -6,8 +6,6 @@
 inline bool __all_sync(unsigned, bool mine) {
   return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a & b; }) != 0;
 }
-template <typename V>
-V __shfl_sync(unsigned, V mine, int from) { return emulation::exchange(mine, from); }
 inline void __stcg(uint4* to, uint4 x) { *to = x; }
 
 // Two 16-bit numbers at a time.
