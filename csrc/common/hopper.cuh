@@ -47,6 +47,16 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t at, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Whether that phase has ended, without waiting.
+__device__ __forceinline__ bool mbarrier_done(uint32_t at, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(at), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 // `bytes` (a multiple of 16) to shared memory; they count on the barrier as they land.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -79,6 +89,9 @@ __device__ __forceinline__ float2 load_shared_floats(uint32_t at) {
 }
 __device__ __forceinline__ void store_shared_floats(uint32_t at, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void store_shared8(uint32_t at, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t at, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

@@ -91,6 +91,7 @@ inline void mbarrier_wait(uint32_t at, uint32_t parity) {
     }
   }
 }
+inline bool mbarrier_done(uint32_t at, uint32_t parity) { return mbarriers.at(at).phase != parity; }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   require(to % 16 == 0 && bytes % 16 == 0, "a bulk copy is not in pieces of 16 bytes");
   memset(shared_memory + to, 0xff, bytes);  // NaN
@@ -119,6 +120,10 @@ inline float2 load_shared_floats(uint32_t at) { return load_shared<float2>(at); 
 inline void store_shared4(uint32_t at, uint32_t v) { store_shared(at, v); }
 inline void store_shared_float(uint32_t at, float v) { store_shared(at, v); }
 inline void store_shared_floats(uint32_t at, float x, float y) { store_shared(at, float2{x, y}); }
+inline void store_shared8(uint32_t at, uint2 v) {
+  store_shared(at, v);
+  unfenced[at / 16] = threadIdx.x;
+}
 inline void store_shared16(uint32_t at, uint4 v) {
   store_shared(at, v);
   unfenced[at / 16] = threadIdx.x;

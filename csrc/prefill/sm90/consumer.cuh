@@ -35,6 +35,7 @@ class Consumer {
         first_(work.first),
         scale_(p.scale_log2) {
     queries_ = wgmma_descriptor(shared + S::kQueries + number * S::kQueryBytes);
+    starts_ = wgmma_descriptor(shared + S::kStarts + number * S::kHalf);
     probabilities_ = shared + S::kProbabilities + number * 2 * S::kHalf;
   }
 
@@ -46,17 +47,15 @@ class Consumer {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int page = i / kSubs, sub = all ? i % kSubs : 1;
-      take_key();
-      multiply_keys();
+      take_key(false);
+      multiply_keys(all ? sub : 0);
       wgmma_wait<0>();
       wgmma_hold(s_);
       hide(page, sub, sinks);
-      const uint32_t tops = enter(page, all ? sub : 0);
 #pragma unroll
       for (int j = 0; j < S::kN / 8; ++j) {
-        const float2 top = load_shared_floats(tops + j * 32);
-        sum_[2 * j] = fmaxf(sum_[2 * j], fmaf(fmaxf(s_[4 * j], s_[4 * j + 2]), scale_, -top.x));
-        sum_[2 * j + 1] = fmaxf(sum_[2 * j + 1], fmaf(fmaxf(s_[4 * j + 1], s_[4 * j + 3]), scale_, -top.y));
+        sum_[2 * j] = fmaxf(sum_[2 * j], fmaxf(s_[4 * j], s_[4 * j + 2]));
+        sum_[2 * j + 1] = fmaxf(sum_[2 * j + 1], fmaxf(s_[4 * j + 1], s_[4 * j + 3]));
       }
       leave(page, all ? sub : kSubs - 1, all ? pages : 1);
     }
@@ -67,7 +66,7 @@ class Consumer {
 #pragma unroll
       for (int r = 1; r < 4; ++r) top = fmaxf(top, part(r, column));
       if (top == -INFINITY) top = 0.f;  // all hidden: 0 is as good, and no infinity is subtracted from another
-      store_shared_float(tops_of_all() + column * 4, top);
+      store_shared_float(shared_ + S::kTops + (number_ * S::kN + column) * 4, top);
     }
   }
 
@@ -109,40 +108,33 @@ class Consumer {
   }
 
  private:
-  __device__ __forceinline__ uint32_t tops_of_all() const { return shared_ + S::kTops + number_ * S::kN * 4; }
-  __device__ __forceinline__ void my_turn() const { barrier_sync(kTurn + number_, 2 * kGroupThreads); }
-  __device__ __forceinline__ void others_turn() const { barrier_arrive(kTurn + 1 - number_, 2 * kGroupThreads); }
-
   // ---- the main loop
   // S^T of a sub-block and O^T of the one before are under way together, and the exponentials begin when S^T is there.
+  // Fragments are loaded behind the exponentials: earlier, the loads would wait behind the operands of the products.
   __device__ __forceinline__ void attend_overlapped(int pages, uint32_t sinks) {
     const int count = pages * kSubs;
     uint32_t buffer = probabilities_;
-    if (number_ == 1) others_turn();
-    take_key();
-    multiply_keys();
+    take_key(false);
+    multiply_keys(0);
     wgmma_wait<0>();
     wgmma_hold(s_);
-    take_key();
     softmax(0, buffer, pages, sinks);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
-      take_value();
-      my_turn();
-      multiply_keys();
-      // Meanwhile: all four warps' probabilities are there.  (Before the turn it was slower.)
-      fence_async();
+      take_key(key_there_);
+      take_value(value_there_);
+      multiply_keys(i % kSubs);
+      fence_async();  // all four warps' probabilities are there
       barrier_sync(kGroup + number_, kGroupThreads);
       multiply_values(buffer);
-      if (number_ == 0 || i + 1 < count) others_turn();
       wgmma_wait<1>();
       wgmma_hold(s_);
-      if (i + 1 < count) take_key();
+      look_ahead();
       buffer = 2 * probabilities_ + S::kHalf - buffer;
       softmax(i, buffer, pages, sinks);
       wait_for_values();
     }
-    take_value();
+    take_value(key_there_);
     fence_async();
     barrier_sync(kGroup + number_, kGroupThreads);
     multiply_values(buffer);
@@ -152,17 +144,20 @@ class Consumer {
   // one before.  The other consumer's products go on meanwhile.
   __device__ __forceinline__ void attend_one_by_one(int pages, uint32_t sinks) {
     uint32_t buffer = probabilities_;
+    key_there_ = false;
 #pragma unroll 1
     for (int i = 0; i < pages * kSubs; ++i) {
-      take_key();
-      multiply_keys();
+      take_key(key_there_);
+      multiply_keys(i % kSubs);
       wgmma_wait<0>();
       wgmma_hold(s_);
+      look_ahead();
       softmax(i, buffer, pages, sinks);
-      take_value();
+      take_value(key_there_);
       fence_async();
       barrier_sync(kGroup + number_, kGroupThreads);
       multiply_values(buffer);
+      look_ahead();
       wait_for_values();
       buffer = 2 * probabilities_ + S::kHalf - buffer;
     }
@@ -174,9 +169,18 @@ class Consumer {
     int number;
     bool sparse;
   };
-  __device__ __forceinline__ Stage front() {
+  // Whether the next two stages have been filled: asked long before they are needed.
+  __device__ __forceinline__ void look_ahead() {
+    Cursor next = stage_;
+    key_there_ = mbarrier_done(shared_ + S::full(next.at), next.parity);
+    if constexpr (!S::kMixed) {
+      next.next(S::kStages);
+      value_there_ = mbarrier_done(shared_ + S::full(next.at), next.parity);
+    }
+  }
+  __device__ __forceinline__ Stage front(bool there) {
     const int number = stage_.at;
-    mbarrier_wait(shared_ + S::full(number), stage_.parity);
+    if (!there) mbarrier_wait(shared_ + S::full(number), stage_.parity);
     stage_.next(S::kStages);
     bool sparse = true;
     if constexpr (S::kMixed) sparse = load_shared4(shared_ + S::kKinds + number * 4) != 0;
@@ -189,8 +193,8 @@ class Consumer {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::empty(stage.number));
   }
 
-  __device__ __forceinline__ void take_key() {
-    key_ = front();
+  __device__ __forceinline__ void take_key(bool there) {
+    key_ = front(there);
     if (key_.sparse) {
       const int r = warp_of_group();
 #pragma unroll
@@ -214,8 +218,8 @@ class Consumer {
       k_.a[i] = load_shared16(key_.at + (warp_of_group() * (S::kD / 16) + half * (S::kD / 32) + i) * kFragment);
     }
   }
-  __device__ __forceinline__ void take_value() {
-    value_ = front();
+  __device__ __forceinline__ void take_value(bool there) {
+    value_ = front(there);
     if (value_.sparse) {
       const int r = warp_of_group();
 #pragma unroll
@@ -239,16 +243,17 @@ class Consumer {
 
   // ---- products
   // S^T of the sub-block whose first fragments have been taken; one group.
-  __device__ __forceinline__ void multiply_keys() {
-    scores_sparse_ = key_.sparse;
+  __device__ __forceinline__ void multiply_keys(int sub) {
+    const uint64_t start = enter(sub);
     wgmma_hold(s_);
     if (key_.sparse) {
       wgmma_fence();
+      wgmma(s_, ones_, start, false);
 #pragma unroll
       for (int step = 0; step < S::kD / 32; ++step) {
         const uint64_t b = wgmma_behind(queries_, step / 2 * S::kHalf + step % 2 * 64);
         if (step % 2 == 0) {
-          wgmma_sp<0>(s_, k_.a[step], k_.metadata[step / 2], b, step > 0);
+          wgmma_sp<0>(s_, k_.a[step], k_.metadata[step / 2], b, true);
         } else {
           wgmma_sp<1>(s_, k_.a[step], k_.metadata[step / 2], b, true);
         }
@@ -257,6 +262,7 @@ class Consumer {
       if constexpr (S::kMixed) wgmma_wait<0>();
     } else {
       wgmma_fence();
+      wgmma(s_, ones_, start, false);
       multiply_dense_keys(0);
       wgmma_commit();
       wgmma_wait<0>();
@@ -272,7 +278,7 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < S::kD / 32; ++i) {
       const int step = half * (S::kD / 32) + i;
-      wgmma(s_, k_.a[i], wgmma_behind(queries_, step / 4 * S::kHalf + step % 4 * 32), step > 0);
+      wgmma(s_, k_.a[i], wgmma_behind(queries_, step / 4 * S::kHalf + step % 4 * 32), true);
     }
   }
 
@@ -322,21 +328,23 @@ class Consumer {
   }
 
   // ---- softmax
-  // What is subtracted from the exponents of a sub-block: q . mean of its page is in it, if it is sparse.
-  __device__ __forceinline__ uint32_t enter(int page, int sub) {
-    const uint32_t lane = lane_of_warp() % 4 * 8;
-    if (!p_.cache.layout.key_mean) return tops_of_all() + lane;
-    if (sub == 0 && page % kMeanPages == 0) mbarrier_wait(shared_ + S::mean_full(mean_.at), mean_.parity);
-    if (S::kMixed && !scores_sparse_) return tops_of_all() + lane;
-    return shared_ + S::kMeans + ((mean_.at * kMeanPages + page % kMeanPages) * S::kMeanPitch + number_ * S::kN) * 4 +
-           lane;
+  // S^T begins with q . mean - top: ones in four columns of operand A take a page's place of operand B (see Starts).
+  __device__ __forceinline__ uint64_t enter(int sub) {
+    if (sub == 0 && page_ == 0) mbarrier_wait(shared_ + S::start_full(start_.at), start_.parity);
+    // Dense keys have their mean.
+    const int place = start_.at * kStartPlaces + (S::kMixed && !key_.sparse ? kStartPlaces - 1 : page_);
+    const uint32_t mine = (lane_of_warp() / 2 + place) % 2 == 0 ? 0x3f803f80u : 0u;  // 1, 1
+    ones_.x = ones_.y = place % 4 < 2 ? mine : 0u;
+    ones_.z = ones_.w = place % 4 < 2 ? 0u : mine;
+    return wgmma_behind(starts_, place / 4 * 32);
   }
   __device__ __forceinline__ void leave(int page, int sub, int pages) {
-    if (!p_.cache.layout.key_mean || sub + 1 != kSubs) return;
-    if (page % kMeanPages + 1 != kMeanPages && page + 1 != pages) return;
+    if (sub + 1 != kSubs) return;
+    if (++page_ != S::kStartPages && page + 1 != pages) return;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::mean_empty(mean_.at));
-    mean_.next(2);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::start_empty(start_.at));
+    start_.next(2);
+    page_ = 0;
   }
 
   // Scores that a column must not see.
@@ -361,20 +369,15 @@ class Consumer {
   __device__ __forceinline__ void softmax(int i, uint32_t buffer, int pages, uint32_t sinks) {
     const int page = i / kSubs, sub = i % kSubs;
     hide(page, sub, sinks);
-    const uint32_t tops = enter(page, sub);
     // The lane's row of a transposed store: column 8 (lane / 16) + lane % 8, keys 16 r + 8 (lane / 8 % 2).
     const int lane = lane_of_warp();
     buffer += (lane / 16 * 8 + lane % 8) * kRowBytes + (((2 * warp_of_group() + lane / 8 % 2) ^ lane % 8) << 4);
     // Pairs of column tiles: exponentials of the next pair are under way while this one is packed and stored.
     constexpr int kPairs = S::kN / 16;
-    float2 top[2][2];
-    load_tops(tops, 0, top[0]);
-    load_tops(tops, 1, top[1]);
-    exponentials(0, top[0]);
+    exponentials(0);
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      if (pair + 2 < kPairs) load_tops(tops, pair + 2, top[pair % 2]);
-      if (pair + 1 < kPairs) exponentials(pair + 1, top[(pair + 1) % 2]);
+      if (pair + 1 < kPairs) exponentials(pair + 1);
       uint32_t x[4];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -388,15 +391,11 @@ class Consumer {
     leave(page, sub, pages);
   }
 
-  __device__ __forceinline__ static void load_tops(uint32_t tops, int pair, float2 (&top)[2]) {
-    top[0] = load_shared_floats(tops + pair * 64), top[1] = load_shared_floats(tops + pair * 64 + 32);
-  }
-  __device__ __forceinline__ void exponentials(int pair, const float2 (&top)[2]) {
+  __device__ __forceinline__ void exponentials(int pair) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& s = s_[8 * pair + i];
-      const float x = fmaf(s, scale_, -(i % 2 ? top[i / 4].y : top[i / 4].x));
-      s = i % 4 == 0 ? exp2_polynomial(x) : exp2_fast(x);  // more polynomials gain nothing
+      s = i * S::kPolynomials % 8 < S::kPolynomials ? exp2_polynomial(s * scale_) : exp2_fast(s * scale_);
     }
   }
 
@@ -427,12 +426,14 @@ class Consumer {
   const uint32_t shared_;
   const int number_, low_page_, first_;
   const float scale_;
-  uint64_t queries_;
+  uint64_t queries_, starts_;
   uint32_t probabilities_;
-  Cursor stage_, mean_;
+  Cursor stage_, start_;
+  int page_ = 0;  // of the batch of starts
   Stage key_, value_;
-  bool scores_sparse_ = true;  // kind of the keys whose scores s_ has
+  bool key_there_ = false, value_there_ = false;
   Operand<S::kD> k_, v_;
+  uint4 ones_;
   float s_[S::kN / 2], o_[S::kD / 64][S::kN / 2];
   float sum_[S::kN / 4];  // of this lane's probabilities, or their top; of columns 8 j + 2 t + e
 };

@@ -47,7 +47,7 @@ __device__ __forceinline__ void finish_column(const Arguments& p, const Work& wo
                                               float sum, int sinks, const uint8_t* sink_page, uint32_t weights) {
   const int local = thread_index() % kGroupThreads, column = number * S::kN + local;
   if (local >= S::kN || column >= work.columns()) return;
-  float top = load_shared_float(shared + S::kTops + column * 4), keep = 1.f;
+  float top = load_shared_float(shared + S::kTops + column * 4) * p.scale_log2, keep = 1.f;
   const bool has_sinks = sinks > 0 && static_cast<int>(load_shared4(shared + S::kBorders + column * 4)) > 0;
   if (has_sinks) {
     const uint32_t query = shared + S::kQueries + number * S::kQueryBytes + local * kRowBytes;

@@ -62,8 +62,8 @@ __device__ __forceinline__ void attend_tile(const Arguments& p, uint8_t* memory)
       mbarrier_init(shared + S::empty(i), kConsumers * kGroupThreads / kWarp);
     }
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared + S::mean_full(i), kMeanWarps);
-      mbarrier_init(shared + S::mean_empty(i), kConsumers * kGroupThreads / kWarp);
+      mbarrier_init(shared + S::start_full(i), kMeanWarps);
+      mbarrier_init(shared + S::start_empty(i), kConsumers * kGroupThreads / kWarp);
     }
     store_shared4(shared + S::kAgain, 0);
     mbarrier_init_done();
@@ -71,10 +71,10 @@ __device__ __forceinline__ void attend_tile(const Arguments& p, uint8_t* memory)
   barrier_sync(kAll, kThreads);
   const int number = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (number == kConsumers) {
-    fewer_registers<40>();
+    fewer_registers<56>();
     produce<S>(p, work, shared);
   } else {
-    more_registers<232>();
+    more_registers<224>();
     // Only a request's page 0 has sinks.
     const bool ask = work.first == 0 && p.cache.layout.sink_tokens > 0;
     const uint32_t word = ask ? __ldg(reinterpret_cast<const uint32_t*>(work.region(p, work.page_id(p, 0)))) : 0;

@@ -53,40 +53,56 @@ class Copier {
   Cursor stage_;
 };
 
-// The exponents of sparse sub-blocks lack q . mean of their page: it goes into what is subtracted from them, which
-// is top - scale * q . mean of every column, worked out for eight pages at a time.
+// A number in three parts of 16 bits, and nothing.
+__device__ __forceinline__ uint2 parts(float x) {
+  const float high = __uint_as_float(pack<__nv_bfloat16>(0.f, x));
+  const float middle = __uint_as_float(pack<__nv_bfloat16>(0.f, x - high));
+  return make_uint2(pack<__nv_bfloat16>(high, middle), pack<__nv_bfloat16>(x - high - middle, 0.f));
+}
+
+// What the scores of a column begin with: q . mean of the page, which its sparse sub-blocks lack, less the column's
+// top.  So nothing is subtracted from exponents: loads of it would take more of shared memory's time than this product.
+// Operand B: a row per column, in it 8 bytes (parts) for each of eight pages of two batches.
 template <class S>
-class Means {
+class Starts {
  public:
-  __device__ __forceinline__ Means(const Arguments& p, const Work& work, uint32_t shared)
+  __device__ __forceinline__ Starts(const Arguments& p, const Work& work, uint32_t shared)
       : p_(p), work_(work), shared_(shared) {}
 
   __device__ __forceinline__ void pages(int first, int end) {
-    for (int page = first; page < end; page += kMeanPages) {
+    for (int page = first; page < end; page += S::kStartPages) {
       const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
       // Row g of operand A is page g of the batch. What other rows hold does not matter.
-      const bool real = page + g < end;
+      const bool real = page + g < end && g < S::kStartPages;
       const uint8_t* from = work_.region(p_, work_.page_id(p_, real ? page + g : page)) + p_.mean_offset;
-      mbarrier_wait(shared_ + S::mean_empty(buffer_.at), buffer_.parity ^ 1);
+      mbarrier_wait(shared_ + S::start_empty(buffer_.at), buffer_.parity ^ 1);
 #pragma unroll 1
       for (int column = 8 * (warp_of_group() - 1); column < S::kColumns; column += 8 * kMeanWarps) {
         const uint32_t row =
             shared_ + S::kQueries + column / S::kN * S::kQueryBytes + (column % S::kN + lane % 8) * kRowBytes;
         float dot[4] = {};
-#pragma unroll 1  // in 40 registers
-        for (int s = 0; s < S::kD / 32; ++s) {
-          const uint4 mean = __ldg(reinterpret_cast<const uint4*>(from) + 4 * s + t);
-          const int piece = s % 2 * 4 + lane / 8;
-          const uint4 q = load_matrices(row + s / 2 * S::kHalf + ((piece ^ lane % 8) << 4));
-          mma<__nv_bfloat16>(dot, mean.x, 0, mean.y, 0, q.x, q.y);
-          mma<__nv_bfloat16>(dot, mean.z, 0, mean.w, 0, q.z, q.w);
+        if (p_.cache.layout.key_mean) {
+#pragma unroll 1  // for want of registers
+          for (int s = 0; s < S::kD / 32; ++s) {
+            const uint4 mean = __ldg(reinterpret_cast<const uint4*>(from) + 4 * s + t);
+            const int piece = s % 2 * 4 + lane / 8;
+            const uint4 q = load_matrices(row + s / 2 * S::kHalf + ((piece ^ lane % 8) << 4));
+            mma<__nv_bfloat16>(dot, mean.x, 0, mean.y, 0, q.x, q.y);
+            mma<__nv_bfloat16>(dot, mean.z, 0, mean.w, 0, q.z, q.w);
+          }
         }
         const float2 top = load_shared_floats(shared_ + S::kTops + (column + 2 * t) * 4);
-        store_shared_floats(shared_ + S::kMeans + ((buffer_.at * kMeanPages + g) * S::kMeanPitch + column + 2 * t) * 4,
-                            fmaf(-p_.scale_log2, dot[0], top.x), fmaf(-p_.scale_log2, dot[1], top.y));
+        const bool plain = g >= S::kStartPages;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int piece = (buffer_.at * kStartPlaces + g) / 2;
+          store_shared8(shared_ + S::kStarts + (column + 2 * t + e) * kRowBytes + ((piece ^ (2 * t + e)) << 4) + g % 2 * 8,
+                        parts((plain ? 0.f : dot[e]) - (e ? top.y : top.x)));
+        }
       }
+      fence_async();
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared_ + S::mean_full(buffer_.at));
+      if (lane == 0) mbarrier_arrive(shared_ + S::start_full(buffer_.at));
       buffer_.next(2);
     }
   }
@@ -114,13 +130,12 @@ __device__ __forceinline__ void produce(const Arguments& p, const Work& work, ui
       if (load_shared4(shared + again) == 0) return;
     }
   } else {
-    Means<S> means(p, work, shared);
-    const bool needed = p.cache.layout.key_mean;
+    Starts<S> starts(p, work, shared);
 #pragma unroll 1
     for (int pass = 0; pass < 4; ++pass) {  // tops and attention, twice
       // The queries are there and the tops are zero, or the tops are there.
       barrier_sync(kWithMeans, kWithMeansThreads);
-      if (needed) means.pages(work.first, pass == 0 ? work.first + 1 : work.end);
+      starts.pages(work.first, pass == 0 ? work.first + 1 : work.end);
       if (pass % 2 == 0) continue;
       barrier_sync(kAll, kThreads);
       if (load_shared4(shared + again) == 0) return;

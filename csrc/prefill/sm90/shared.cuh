@@ -12,8 +12,8 @@ constexpr int kGroupThreads = 128;
 constexpr int kThreads =
     kGroupThreads * (kConsumers + 1);  // the last warpgroup: a warp that copies, three for the means
 constexpr int kMeanWarps = 3;
-constexpr int kMeanPages = 8;  // of a batch; two batches are in flight
-constexpr int kMaxStages = 16;
+constexpr int kStartPlaces = 8;  // of a batch of pages; two batches are in flight
+constexpr int kMaxStages = 8;
 constexpr int kShared = 227 << 10;
 constexpr int kFragment = 512;  // bytes of a warp's operand-A fragment
 constexpr int kRowBytes = 128;  // of operand B in shared memory
@@ -24,7 +24,6 @@ enum : int {
   kAll = 0,        // every thread
   kGroup = 1,      // and kGroup + 1: one consumer
   kWithMeans = 3,  // all but the warp that copies
-  kTurn = 4,       // and kTurn + 1: a consumer's turn at the tensor cores
 };
 constexpr int kWithMeansThreads = kThreads - kWarp;
 
@@ -37,10 +36,14 @@ template <int kD_, int kN_, bool kMixed_>
 struct Shape {
   static constexpr int kD = kD_, kN = kN_;
   static constexpr bool kMixed = kMixed_;
+#ifndef HS_POLY
+#define HS_POLY 0
+#endif
+  static constexpr int kPolynomials = HS_POLY;
   static constexpr int kColumns = kConsumers * kN;
   static constexpr int kHalf = kN * kRowBytes;           // 64 channels of a consumer's queries, or 64 keys of its P
   static constexpr int kQueryBytes = kD / 64 * kHalf;    // of a consumer
-  static constexpr int kMeanPitch = kColumns + 8;        // floats; so that the lanes of a store hit different banks
+  static constexpr int kStartPages = kMixed ? kStartPlaces - 1 : kStartPlaces;  // the last place is dense sub-blocks'
   static constexpr int kSparseValues = kSubTokens * kD;  // bytes; K's and V's sub-blocks have the same sizes
   static constexpr int kSparseBytes = kSparseValues + kD / 16 * kWarp * kMetaBytes;
   static constexpr int kDenseBytes = 2 * kSparseValues;
@@ -50,23 +53,23 @@ struct Shape {
   // ---- offsets in shared memory
   static constexpr int kQueries = 0;
   static constexpr int kProbabilities = kConsumers * kQueryBytes;  // two buffers per consumer
-  static constexpr int kTops = kProbabilities + 2 * kConsumers * kHalf;
+  static constexpr int kStarts = kProbabilities + 2 * kConsumers * kHalf;
+  static constexpr int kTops = kStarts + kConsumers * kHalf;
   static constexpr int kBorders = kTops + kColumns * 4;
   static constexpr int kFactors = kBorders + kColumns * 4;
-  static constexpr int kMeans = kFactors + kColumns * 4;  // [2][kMeanPages][kMeanPitch]
-  static constexpr int kBarriers = kMeans + 2 * kMeanPages * kMeanPitch * 4;
+  static constexpr int kBarriers = kFactors + kColumns * 4;
   static constexpr int kKinds = kBarriers + (2 * kMaxStages + 4) * 8;  // of stages: 1 where sparse
   static constexpr int kAgain = kKinds + kMaxStages * 4;
   static constexpr int kRing = align_up(kAgain + 4);
   static constexpr int kFit = (kShared - kRing) / kStageBytes;
-  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
-  static_assert(kStages >= 4 && kConsumers * kN * kResultPitch * 4 <= kShared - kRing, "O takes the ring's place");
+  static constexpr int kStages = kMixed ? 4 : kMaxStages;
+  static_assert(kStages <= kFit && kConsumers * kN * kResultPitch * 4 <= kShared - kRing, "O takes the ring's place");
 
   // ---- barriers
   HS_HD static constexpr int full(int stage) { return kBarriers + stage * 8; }
   HS_HD static constexpr int empty(int stage) { return kBarriers + (kMaxStages + stage) * 8; }
-  HS_HD static constexpr int mean_full(int buffer) { return kBarriers + (2 * kMaxStages + buffer) * 8; }
-  HS_HD static constexpr int mean_empty(int buffer) { return kBarriers + (2 * kMaxStages + 2 + buffer) * 8; }
+  HS_HD static constexpr int start_full(int buffer) { return kBarriers + (2 * kMaxStages + buffer) * 8; }
+  HS_HD static constexpr int start_empty(int buffer) { return kBarriers + (2 * kMaxStages + 2 + buffer) * 8; }
 };
 
 // What the kernel is told; its own figures are worked out on the host, since registers run short.
