@@ -118,22 +118,34 @@ class Consumer {
     multiply_keys(0);
     wgmma_wait<0>();
     wgmma_hold(s_);
+    look_ahead();
     softmax(0, buffer, pages, sinks);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
-      take_key(key_there_);
-      take_value(value_there_);
-      multiply_keys(i % kSubs);
-      fence_async();  // all four warps' probabilities are there
-      barrier_sync(kGroup + number_, kGroupThreads);
+      // Found by measuring: small changes of this order cost up to a sixth.
+      if constexpr (S::kD == 64) {
+        take_key(key_there_);
+        multiply_keys(i % kSubs);
+        wgmma_wait<1>();  // the values that are still being multiplied
+        hold_results();
+        take_value(value_there_);
+        fence_async();
+      } else {
+        fence_async();
+        take_key(key_there_);
+        wait_for_values();
+        take_value(value_there_);
+        multiply_keys(i % kSubs);
+      }
+      barrier_sync(kGroup + number_, kGroupThreads);  // all four warps' probabilities are there
       multiply_values(buffer);
       wgmma_wait<1>();
       wgmma_hold(s_);
       look_ahead();
       buffer = 2 * probabilities_ + S::kHalf - buffer;
       softmax(i, buffer, pages, sinks);
-      wait_for_values();
     }
+    wait_for_values();
     take_value(key_there_);
     fence_async();
     barrier_sync(kGroup + number_, kGroupThreads);
@@ -143,21 +155,21 @@ class Consumer {
   // With dense sub-blocks: no product may be under way where the code branches, or the compiler lets each wait for the
   // one before.  The other consumer's products go on meanwhile.
   __device__ __forceinline__ void attend_one_by_one(int pages, uint32_t sinks) {
+    const int count = pages * kSubs;
     uint32_t buffer = probabilities_;
-    key_there_ = false;
+    take_key(false);
 #pragma unroll 1
-    for (int i = 0; i < pages * kSubs; ++i) {
-      take_key(key_there_);
+    for (int i = 0; i < count; ++i) {
       multiply_keys(i % kSubs);
       wgmma_wait<0>();
       wgmma_hold(s_);
       look_ahead();
       softmax(i, buffer, pages, sinks);
-      take_value(key_there_);
       fence_async();
+      take_value(key_there_);
+      if (i + 1 < count) take_key(false);
       barrier_sync(kGroup + number_, kGroupThreads);
       multiply_values(buffer);
-      look_ahead();
       wait_for_values();
       buffer = 2 * probabilities_ + S::kHalf - buffer;
     }
@@ -169,7 +181,7 @@ class Consumer {
     int number;
     bool sparse;
   };
-  // Whether the next two stages have been filled: asked long before they are needed.
+  // Whether the next stages have been filled: asked long before they are needed.
   __device__ __forceinline__ void look_ahead() {
     Cursor next = stage_;
     key_there_ = mbarrier_done(shared_ + S::full(next.at), next.parity);

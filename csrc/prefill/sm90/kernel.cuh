@@ -2,8 +2,8 @@
 //
 // Keys are the rows of S^T = K q^T and channels those of O^T = V^T P^T, so that the stored 2:4 form is operand A, which
 // goes from the ring of stages into registers; operand B, queries and probabilities, is in shared memory.  Two
-// warpgroups with 96 columns each take the same sub-blocks, and turns: while one works out exponentials, the tensor
-// cores have the other's products.
+// warpgroups with 96 columns each take the same sub-blocks: while one works out exponentials, the tensor cores have the
+// other's products.
 //
 // No maximum is kept up to date.  Probabilities (bfloat16), O and the sums (float32) share float32's range, so
 // exp2(score - top) is right for any `top` within about 2^60 of the true maximum: it is taken from one sub-block, and

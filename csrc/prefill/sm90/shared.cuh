@@ -13,7 +13,7 @@ constexpr int kThreads =
     kGroupThreads * (kConsumers + 1);  // the last warpgroup: a warp that copies, three for the means
 constexpr int kMeanWarps = 3;
 constexpr int kStartPlaces = 8;  // of a batch of pages; two batches are in flight
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 12;
 constexpr int kShared = 227 << 10;
 constexpr int kFragment = 512;  // bytes of a warp's operand-A fragment
 constexpr int kRowBytes = 128;  // of operand B in shared memory
@@ -36,10 +36,7 @@ template <int kD_, int kN_, bool kMixed_>
 struct Shape {
   static constexpr int kD = kD_, kN = kN_;
   static constexpr bool kMixed = kMixed_;
-#ifndef HS_POLY
-#define HS_POLY 0
-#endif
-  static constexpr int kPolynomials = HS_POLY;
+  static constexpr int kPolynomials = kMixed ? 0 : kD == 64 ? 2 : 1;  // of eight exponentials
   static constexpr int kColumns = kConsumers * kN;
   static constexpr int kHalf = kN * kRowBytes;           // 64 channels of a consumer's queries, or 64 keys of its P
   static constexpr int kQueryBytes = kD / 64 * kHalf;    // of a consumer
@@ -62,8 +59,8 @@ struct Shape {
   static constexpr int kAgain = kKinds + kMaxStages * 4;
   static constexpr int kRing = align_up(kAgain + 4);
   static constexpr int kFit = (kShared - kRing) / kStageBytes;
-  static constexpr int kStages = kMixed ? 4 : kMaxStages;
-  static_assert(kStages <= kFit && kConsumers * kN * kResultPitch * 4 <= kShared - kRing, "O takes the ring's place");
+  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
+  static_assert(kStages >= 4 && kConsumers * kN * kResultPitch * 4 <= kShared - kRing, "O takes the ring's place");
 
   // ---- barriers
   HS_HD static constexpr int full(int stage) { return kBarriers + stage * 8; }
