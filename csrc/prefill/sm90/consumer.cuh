@@ -108,21 +108,25 @@ class Consumer {
   }
 
  private:
+  __device__ __forceinline__ void my_turn() const { barrier_sync(kTurn + number_, 2 * kGroupThreads); }
+  __device__ __forceinline__ void others_turn() const { barrier_arrive(kTurn + 1 - number_, 2 * kGroupThreads); }
+
   // ---- the main loop
   // S^T of a sub-block and O^T of the one before are under way together, and the exponentials begin when S^T is there.
   // Fragments are loaded behind the exponentials: earlier, the loads would wait behind the operands of the products.
   __device__ __forceinline__ void attend_overlapped(int pages, uint32_t sinks) {
     const int count = pages * kSubs;
     uint32_t buffer = probabilities_;
+    if (S::kTurns && number_ == 1) others_turn();
     take_key(false);
     multiply_keys(0);
     wgmma_wait<0>();
     wgmma_hold(s_);
-    look_ahead();
     softmax(0, buffer, pages, sinks);
+    key_there_ = value_there_ = false;
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
-      // Found by measuring: small changes of this order cost up to a sixth.
+      // This order was found by measuring: small changes of it cost up to a sixth.
       if constexpr (S::kD == 64) {
         take_key(key_there_);
         multiply_keys(i % kSubs);
@@ -135,10 +139,12 @@ class Consumer {
         take_key(key_there_);
         wait_for_values();
         take_value(value_there_);
+        if (S::kTurns) my_turn();
         multiply_keys(i % kSubs);
       }
       barrier_sync(kGroup + number_, kGroupThreads);  // all four warps' probabilities are there
       multiply_values(buffer);
+      if (S::kTurns && (number_ == 0 || i + 1 < count)) others_turn();
       wgmma_wait<1>();
       wgmma_hold(s_);
       look_ahead();
@@ -146,7 +152,7 @@ class Consumer {
       softmax(i, buffer, pages, sinks);
     }
     wait_for_values();
-    take_value(key_there_);
+    take_value(false);
     fence_async();
     barrier_sync(kGroup + number_, kGroupThreads);
     multiply_values(buffer);
@@ -164,9 +170,10 @@ class Consumer {
       wgmma_wait<0>();
       wgmma_hold(s_);
       look_ahead();
+      if constexpr (S::kD == 64) take_value(key_there_);
       softmax(i, buffer, pages, sinks);
       fence_async();
-      take_value(key_there_);
+      if constexpr (S::kD != 64) take_value(key_there_);  // behind the exponentials, for want of registers
       if (i + 1 < count) take_key(false);
       barrier_sync(kGroup + number_, kGroupThreads);
       multiply_values(buffer);

@@ -24,6 +24,7 @@ enum : int {
   kAll = 0,        // every thread
   kGroup = 1,      // and kGroup + 1: one consumer
   kWithMeans = 3,  // all but the warp that copies
+  kTurn = 4,       // and kTurn + 1: a consumer's turn at the tensor cores
 };
 constexpr int kWithMeansThreads = kThreads - kWarp;
 
@@ -36,7 +37,9 @@ template <int kD_, int kN_, bool kMixed_>
 struct Shape {
   static constexpr int kD = kD_, kN = kN_;
   static constexpr bool kMixed = kMixed_;
-  static constexpr int kPolynomials = kMixed ? 0 : kD == 64 ? 2 : 1;  // of eight exponentials
+  // By measurement: whether consumers take turns with their products, and how many of eight exponentials are polynomials.
+  static constexpr bool kTurns = !kMixed && kD == 128;
+  static constexpr int kPolynomials = kMixed ? 0 : kD == 64 ? 2 : 1;
   static constexpr int kColumns = kConsumers * kN;
   static constexpr int kHalf = kN * kRowBytes;           // 64 channels of a consumer's queries, or 64 keys of its P
   static constexpr int kQueryBytes = kD / 64 * kHalf;    // of a consumer
@@ -59,8 +62,8 @@ struct Shape {
   static constexpr int kAgain = kKinds + kMaxStages * 4;
   static constexpr int kRing = align_up(kAgain + 4);
   static constexpr int kFit = (kShared - kRing) / kStageBytes;
-  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
-  static_assert(kStages >= 4 && kConsumers * kN * kResultPitch * 4 <= kShared - kRing, "O takes the ring's place");
+  static constexpr int kStages = kMixed ? 4 : kFit < kMaxStages ? kFit : kMaxStages;
+  static_assert(kStages <= kFit && kConsumers * kN * kResultPitch * 4 <= kShared - kRing, "O takes the ring's place");
 
   // ---- barriers
   HS_HD static constexpr int full(int stage) { return kBarriers + stage * 8; }
