@@ -37,12 +37,13 @@ template <int kD_, int kN_, bool kMixed_>
 struct Shape {
   static constexpr int kD = kD_, kN = kN_;
   static constexpr bool kMixed = kMixed_;
-  // By measurement: whether consumers take turns with their products, and how many of eight exponentials are polynomials.
+  // By measurement: whether consumers take turns with their products, and how many of eight exponentials are
+  // polynomials.
   static constexpr bool kTurns = !kMixed && kD == 128;
   static constexpr int kPolynomials = kMixed ? 0 : kD == 64 ? 2 : 1;
   static constexpr int kColumns = kConsumers * kN;
-  static constexpr int kHalf = kN * kRowBytes;           // 64 channels of a consumer's queries, or 64 keys of its P
-  static constexpr int kQueryBytes = kD / 64 * kHalf;    // of a consumer
+  static constexpr int kHalf = kN * kRowBytes;         // 64 channels of a consumer's queries, or 64 keys of its P
+  static constexpr int kQueryBytes = kD / 64 * kHalf;  // of a consumer
   static constexpr int kStartPages = kMixed ? kStartPlaces - 1 : kStartPlaces;  // the last place is dense sub-blocks'
   static constexpr int kSparseValues = kSubTokens * kD;  // bytes; K's and V's sub-blocks have the same sizes
   static constexpr int kSparseBytes = kSparseValues + kD / 16 * kWarp * kMetaBytes;

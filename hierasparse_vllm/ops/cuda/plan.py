@@ -26,7 +26,7 @@ LARGEST_GAP = PAGE_TOKENS
 MOST_SPLITS = 8
 LEAST_SPLIT = 16
 """Pages of a split at least: below, queries and results weigh too much."""
-CTA_PAGES = 2
+CTA_PAGES = 5
 """What a CTA costs beyond its pages, in pages."""
 
 Sequence = tuple[int, int, int]
