@@ -108,7 +108,11 @@ CASES = {
     "own chunk": {"lengths": [1040], "queries": [64], "own_chunk": True, "d": 64},
     "more than eight pages": {"lengths": [256 * 19 + 5], "queries": [5], "d": 64, "kv_heads": 1},
     "mixed, three batches of pages": {
-        "lengths": [256 * 17 + 5], "queries": [5], "d": 64, "kv_heads": 1, "sparse": (3, 2),
+        "lengths": [256 * 17 + 5],
+        "queries": [5],
+        "d": 64,
+        "kv_heads": 1,
+        "sparse": (3, 2),
     },  # fmt: skip
     "mixed": {"lengths": [900], "queries": [30], "sparse": (2, 1), "sinks": 3},
     "mixed, 64 channels": {"lengths": [900], "queries": [50], "sparse": (3, 2), "d": 64},
