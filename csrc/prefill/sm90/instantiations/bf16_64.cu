@@ -1,4 +1,4 @@
-// One kernel per file: beside another one the compiler orders its instructions differently, and this order was measured.
+// One kernel per file: beside another one the compiler orders instructions differently, and this order was measured.
 #include "../kernel.cuh"
 
 namespace hierasparse::prefill90 {
