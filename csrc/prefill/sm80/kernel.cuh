@@ -59,6 +59,13 @@ __device__ __forceinline__ void attend_sinks(const Arguments& a, State<kD, kTile
   }
 }
 
+#if HS_PROF
+__device__ unsigned long long prof[16];
+__shared__ unsigned prof_shared[8][8];
+#define PROF(x) { const unsigned now = clock(); if (lane0) prof_shared[pw][x] += now - then; then = now; }
+#else
+#define PROF(x)
+#endif
 #if HS_TURNS
 // Two warps of a scheduler take turns at the tensor cores.
 __device__ __forceinline__ void turn_take(int warp) { asm volatile("bar.sync %0, 64;" ::"r"(1 + warp) : "memory"); }
@@ -71,7 +78,7 @@ __device__ __forceinline__ void turn_give(int warp) {
 // cores.
 template <typename T, int kD, bool kTokens, int kTiles>
 __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTiles>& state, const Queries<kD, kTiles>& q,
-                                             Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier) {
+                                             Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier, bool paired) {
   constexpr Form kSparseForm = kTokens ? Form::kTokens : Form::kChannels;
   const bool means = a.params.cache.layout.key_mean;
   const int count = (shared.end - shared.begin) * kSubs;
@@ -91,6 +98,12 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
   const int warp = thread_index() / 32;
   if (warp >= 4) turn_take(warp);
 #endif
+#if HS_SKEW
+  if (thread_index() >= 128) __nanosleep(HS_SKEW);
+#endif
+#if HS_PROF
+  const bool lane0 = thread_index() % 32 == 0; const int pw = thread_index() / 32; if (lane0) for (int x = 0; x < 8; ++x) prof_shared[pw][x] = 0; unsigned then = clock();
+#endif
 #pragma unroll 1
   for (int i = 0;; ++i) {
     if (i % kMeanEvery == 0 && means) {
@@ -99,7 +112,7 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
     }
     const Stage stage = ring.stage();
     const uint32_t k = ring.keys(stage), v = ring.values(stage);
-    const int row = kind & kSparse ? i / kSubs % kMeanPages : kMeanPages;
+    const int row = kind & kSparse ? static_cast<unsigned>(i) / kSubs % kMeanPages : kMeanPages;
     uint32_t p[kTiles][kRows][2];
     Values<kD> values;
     uint32_t value_kind;
@@ -108,7 +121,7 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
       float s[kRows][kTiles][4];
       auto tail = [&] {
 #if HS_TURNS
-        if (!exact || i == 0) turn_give(warp);
+        if (paired && (!exact || i == 0)) turn_give(warp);
 #endif
       };
       if (kind & kSparse) {
@@ -116,6 +129,7 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
       } else {
         multiply_keys<T, false>(s, q, k, keys, tail);
       }
+      PROF(0)
       if (kind & (kSinks | kEdge)) {
         hide(s, own.border, (shared.begin + i / kSubs) * kPageTokens,
              kind & kSinks ? a.params.cache.layout.sink_tokens : 0);
@@ -126,6 +140,7 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
       }
       value_kind = ring.wait(1, stage);
       float sum[kTiles][2];
+      PROF(1)
       if (exact) raise_exactly(a.scale_log2, state, s, lane_means + row * kRowBytes, lane_means + kTopBytes, lane_tops);
       const bool good = weigh<T>(a.scale_log2, s, lane_means + row * kRowBytes, lane_means + kTopBytes, p, sum,
                                  [&] { values.template load<kTokens>(v, value_kind & kSparse); });
@@ -138,29 +153,41 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
       keys.load(k, kind & kSparse);
     }
     exact = false;
+    PROF(2)
     __syncwarp();
     ring.release(0, 0);
     if (i > 0 && !alone) ring.release(1, 1);
-    copier.serve(i, stage, 0, alone ? 1 : 2);
+    if (alone) {
+      copier.serve(i, stage, 0, 1);
+    } else if (copier.turn(i)) {
+      copier.serve(i, stage, 0, 2);
+    }
     copier.serve_means(i);
     const Stage next = ring.next();
     if (i + 1 < count) kind = ring.wait(0, next);
     const uint32_t next_k = ring.keys(next);
     const auto load_next = [&](int f) { keys.load(next_k, kind & kSparse, f); };
+    PROF(3)
 #if HS_TURNS
-    turn_take(warp);
+    if (paired) turn_take(warp);
 #endif
+    PROF(4)
     if (value_kind & kSparse) {
       multiply_values<T, kSparseForm>(state, p, v, values, load_next);
     } else {
       multiply_values<T, Form::kDense>(state, p, v, values, load_next);
     }
+    PROF(5)
     if (i + 1 == count) break;
     ring.advance(next);
   }
+#if HS_PROF
+  if (lane0) for (int x = 0; x < 8; ++x) atomicAdd(&prof[x], prof_shared[pw][x]);
+  if (lane0) atomicAdd(&prof[8], count);
+#endif
   load_columns(state.top, lane_means + kTopBytes);
 #if HS_TURNS
-  if (warp < 4) turn_give(warp);
+  if (paired && warp < 4) turn_give(warp);
 #endif
 }
 
@@ -225,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
           attend_sinks<T>(a, state, q, own.border, page);
         }
       }
-      attend_pages<T, kD, kTokens>(a, state, q, shared, copier);
+      attend_pages<T, kD, kTokens>(a, state, q, shared, copier, columns.any((thread_index() / 32 | 4)));
     } else {
       only_copy(a, shared, copier);
     }

@@ -83,12 +83,16 @@ class Copier {
     if (warp_ < a_.values_ahead) advance(warp_);
     if (warp_ == kWarps - 1 && a_.params.cache.layout.key_mean) copy_means(shared_.begin);
   }
+  // With two stages and more: whether serve() has anything to do.
+  __device__ __forceinline__ bool turn(int i) const {
+    return (static_cast<unsigned>(i) + a_.keys_ahead) % kWarps == static_cast<unsigned>(warp_);
+  }
   // What the warp copies of K (side 0) and V (1) while sub-block i, in `stage`, is in use.
   __device__ __forceinline__ void serve(int i, const Stage& stage, int side, int end) {
 #pragma unroll 1
     for (; side < end; ++side) {
       const int n = ahead(side);
-      if ((i + n) % kWarps != warp_) continue;
+      if (static_cast<unsigned>(i + n) % kWarps != static_cast<unsigned>(warp_)) continue;
       wait_copies<0>();  // of what advance() began
       __syncwarp();
       copy(side, i + n, stage.ahead(n, a_.pairs));
