@@ -32,7 +32,6 @@ class Columns {
 
   __device__ __forceinline__ const Work& work() const { return work_; }
   __device__ __forceinline__ bool any() const { return first_ < work_.tile.queries * group_; }
-  __device__ __forceinline__ bool any(int warp) const { return warp * 8 * kTiles < work_.tile.queries * group_; }
   // The borders of the warp's first and last query.
   __device__ __forceinline__ int low() const { return border(0); }
   __device__ __forceinline__ int high() const {

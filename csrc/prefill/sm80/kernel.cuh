@@ -59,26 +59,11 @@ __device__ __forceinline__ void attend_sinks(const Arguments& a, State<kD, kTile
   }
 }
 
-#if HS_PROF
-__device__ unsigned long long prof[16];
-__shared__ unsigned prof_shared[8][8];
-#define PROF(x) { const unsigned now = clock(); if (lane0) prof_shared[pw][x] += now - then; then = now; }
-#else
-#define PROF(x)
-#endif
-#if HS_TURNS
-// Two warps of a scheduler take turns at the tensor cores.
-__device__ __forceinline__ void turn_take(int warp) { asm volatile("bar.sync %0, 64;" ::"r"(1 + warp) : "memory"); }
-__device__ __forceinline__ void turn_give(int warp) {
-  asm volatile("bar.arrive %0, 64;" ::"r"(1 + (warp ^ 4)) : "memory");
-}
-#endif
-
 // All sub-blocks of the CTA's pages.  While one warp of a scheduler is at its exponentials, the other has the tensor
 // cores.
 template <typename T, int kD, bool kTokens, int kTiles>
 __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTiles>& state, const Queries<kD, kTiles>& q,
-                                             Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier, bool paired) {
+                                             Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier) {
   constexpr Form kSparseForm = kTokens ? Form::kTokens : Form::kChannels;
   const bool means = a.params.cache.layout.key_mean;
   const int count = (shared.end - shared.begin) * kSubs;
@@ -94,16 +79,6 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
   store_tops(state, lane_tops);
   const bool alone = a.pairs == 1;  // stages: V is copied over the one before, as late as that
   bool exact = true;                // the maximum is not known yet
-#if HS_TURNS
-  const int warp = thread_index() / 32;
-  if (warp >= 4) turn_take(warp);
-#endif
-#if HS_SKEW
-  if (thread_index() >= 128) __nanosleep(HS_SKEW);
-#endif
-#if HS_PROF
-  const bool lane0 = thread_index() % 32 == 0; const int pw = thread_index() / 32; if (lane0) for (int x = 0; x < 8; ++x) prof_shared[pw][x] = 0; unsigned then = clock();
-#endif
 #pragma unroll 1
   for (int i = 0;; ++i) {
     if (i % kMeanEvery == 0 && means) {
@@ -119,17 +94,11 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
 #pragma unroll 1
     for (;;) {
       float s[kRows][kTiles][4];
-      auto tail = [&] {
-#if HS_TURNS
-        if (paired && (!exact || i == 0)) turn_give(warp);
-#endif
-      };
       if (kind & kSparse) {
-        multiply_keys<T, true>(s, q, k, keys, tail);
+        multiply_keys<T, true>(s, q, k, keys);
       } else {
-        multiply_keys<T, false>(s, q, k, keys, tail);
+        multiply_keys<T, false>(s, q, k, keys);
       }
-      PROF(0)
       if (kind & (kSinks | kEdge)) {
         hide(s, own.border, (shared.begin + i / kSubs) * kPageTokens,
              kind & kSinks ? a.params.cache.layout.sink_tokens : 0);
@@ -140,7 +109,6 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
       }
       value_kind = ring.wait(1, stage);
       float sum[kTiles][2];
-      PROF(1)
       if (exact) raise_exactly(a.scale_log2, state, s, lane_means + row * kRowBytes, lane_means + kTopBytes, lane_tops);
       const bool good = weigh<T>(a.scale_log2, s, lane_means + row * kRowBytes, lane_means + kTopBytes, p, sum,
                                  [&] { values.template load<kTokens>(v, value_kind & kSparse); });
@@ -153,7 +121,6 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
       keys.load(k, kind & kSparse);
     }
     exact = false;
-    PROF(2)
     __syncwarp();
     ring.release(0, 0);
     if (i > 0 && !alone) ring.release(1, 1);
@@ -167,28 +134,15 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
     if (i + 1 < count) kind = ring.wait(0, next);
     const uint32_t next_k = ring.keys(next);
     const auto load_next = [&](int f) { keys.load(next_k, kind & kSparse, f); };
-    PROF(3)
-#if HS_TURNS
-    if (paired) turn_take(warp);
-#endif
-    PROF(4)
     if (value_kind & kSparse) {
       multiply_values<T, kSparseForm>(state, p, v, values, load_next);
     } else {
       multiply_values<T, Form::kDense>(state, p, v, values, load_next);
     }
-    PROF(5)
     if (i + 1 == count) break;
     ring.advance(next);
   }
-#if HS_PROF
-  if (lane0) for (int x = 0; x < 8; ++x) atomicAdd(&prof[x], prof_shared[pw][x]);
-  if (lane0) atomicAdd(&prof[8], count);
-#endif
   load_columns(state.top, lane_means + kTopBytes);
-#if HS_TURNS
-  if (paired && warp < 4) turn_give(warp);
-#endif
 }
 
 // A warp without columns copies for the others.
@@ -252,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
           attend_sinks<T>(a, state, q, own.border, page);
         }
       }
-      attend_pages<T, kD, kTokens>(a, state, q, shared, copier, columns.any((thread_index() / 32 | 4)));
+      attend_pages<T, kD, kTokens>(a, state, q, shared, copier);
     } else {
       only_copy(a, shared, copier);
     }

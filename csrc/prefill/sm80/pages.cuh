@@ -7,13 +7,7 @@
 
 namespace hierasparse::prefill_sm80 {
 
-#ifndef HS_AHEAD
-#define HS_AHEAD 3
-#endif
-#ifndef HS_EARLY
-#define HS_EARLY 3
-#endif
-constexpr int kAhead = HS_AHEAD;
+constexpr int kAhead = 3;
 constexpr int kRows = kSubTokens / 16;  // row tiles of a sub-block
 
 // ---- K
@@ -26,8 +20,7 @@ struct KeyWords {
   __device__ __forceinline__ void load(uint32_t k, int half) {
     const uint32_t from = k + 64 * kD;
     if constexpr (kD == 64) {
-      const int lane_bytes = 16;  // k counts 16 bytes a lane, as all four words of it take
-      const uint2 two = load_shared8(from + half * (lane_bytes / 2));
+      const uint2 two = load_shared8(from + half * 8);  // the lane's 16 bytes are four words
       at[0] = two.x, at[1] = two.y;
     } else {
 #pragma unroll
@@ -64,9 +57,9 @@ struct Keys {
 };
 
 // S^T.
-template <typename T, bool kIsSparse, int kD, int kTiles, typename Tail>
+template <typename T, bool kIsSparse, int kD, int kTiles>
 __device__ __forceinline__ void multiply_keys(float (&s)[kRows][kTiles][4], const Queries<kD, kTiles>& q, uint32_t k,
-                                              Keys<kD>& first, Tail tail) {
+                                              Keys<kD>& first) {
   using Order = KeyOrder<kD, kIsSparse>;
   KeyWords<kD> words = first.words, next_words;
 #pragma unroll
@@ -77,7 +70,6 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kRows][kTiles][4], cons
 #pragma unroll
   for (int i = 0; i < Order::kCount; ++i) {
     const int row = Order::row(i), step = Order::step(i);
-    if (i == Order::kCount - HS_EARLY) tail();
     const uint4 a = first.fragments[i % kAhead];
     if (i + kAhead < Order::kCount) first.fragments[i % kAhead] = load_shared16(k + Order::offset(i + kAhead));
     if (kIsSparse && i == Order::kCount / 2 - 4) next_words.load(k, 1);

@@ -5,19 +5,12 @@
 // they lie costs each warp little.
 #pragma once
 
-#if HS_BULK
-#include "../../common/hopper.cuh"
-#endif
 #include "columns.cuh"
 
 namespace hierasparse::prefill_sm80 {
 
 constexpr int kFragment = 512;  // bytes of an operand-A fragment of a warp
-#if HS_BULK
-constexpr int kFullCount = 1;
-#else
 constexpr int kFullCount = 33;  // the lanes, as their copies land, and the one that tells the kind
-#endif
 constexpr int kMeanPages = 8;   // whose means are one operand A
 constexpr int kMeanEvery = kMeanPages * kSubs;
 
@@ -144,17 +137,6 @@ class Copier {
                         stage.at * a_.pair_bytes + (side == 0 ? 0 : a_.key_bytes) + lane * 16;
     mbarrier_wait(shared_address(&shared_.empty[side][stage.at]), stage.parity ^ 1);
     constexpr int kLeast = kSizes.sparse_bytes() / kFragment, kMost = kSizes.dense_bytes() / kFragment;
-#if HS_BULK
-    if (lane == 0) {
-      const uint32_t full = shared_address(&shared_.full[side][stage.at]);
-      const bool sinks = sub == 0 && PageLayout::has_sinks(word), edge = page >= shared_.edge;
-      shared_.kinds[side][stage.at] = (sparse ? kSparse : 0) | (sinks ? kSinks : 0) | (edge ? kEdge : 0);
-      const uint32_t bytes = sparse ? kSizes.sparse_bytes() : kSizes.dense_bytes();
-      mbarrier_arrive_expect(full, bytes);
-      copy_bulk(to, from, bytes, full);
-    }
-    return;
-#endif
 #pragma unroll
     for (int f = 0; f < kLeast; ++f) copy16_async(to + f * kFragment, from + f * kFragment);
     if (!sparse) {
