@@ -147,8 +147,7 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
 
 // A warp without columns copies for the others.
 template <int kD, int kTiles>
-__device__ __forceinline__ void only_copy(const Arguments& a, Shared<kD, kTiles>& shared,
-                                          Copier<kD, kTiles>& copier) {
+__device__ __forceinline__ void only_copy(const Arguments& a, Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier) {
   Reader<kD, kTiles> ring(a, shared);
   const int count = (shared.end - shared.begin) * kSubs;
 #pragma unroll 1
@@ -212,7 +211,12 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
     }
     wait_copies<0>();  // ids and words of sub-blocks behind the last
   }
-  if (columns.any()) Columns<kTiles>(a).template store<T>(state);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  const bool any = Columns<kTiles>(a).any();  // what it follows from would be spilled
+#else
+  const bool any = columns.any();
+#endif
+  if (any) Columns<kTiles>(a).template store<T>(state);
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ namespace {
 template <typename T, int kD>
 cudaError_t with_axis(const PrefillParams& p, cudaStream_t stream) {
   const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return p.cache.value_axis_token ? run<T, kD, true>(p, shared_bytes, stream) : run<T, kD, false>(p, shared_bytes, stream);
+  return p.cache.value_axis_token ? run<T, kD, true>(p, shared_bytes, stream)
+                                  : run<T, kD, false>(p, shared_bytes, stream);
 }
 
 template <typename T>

@@ -121,7 +121,8 @@ enum class Form { kDense, kTokens, kChannels };  // 2:4 along tokens, along chan
 template <int kD, Form kForm>
 struct ValueOrder {
   static constexpr int kCount = kForm == Form::kDense ? kD / 4 : kD / 8;
-  // Along tokens a fragment is a row tile and half the tokens; all row tiles of 64 channels in turn, then the other half.
+  // Along tokens a fragment is a row tile and half the tokens; all row tiles of 64 channels in turn, then the other
+  // half.
   static constexpr int offset(int i) {
     return (kForm == Form::kTokens ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i) * kFragment;
   }

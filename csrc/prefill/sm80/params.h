@@ -19,9 +19,9 @@ struct Arguments {
   int group;                           // query heads per KV head
   float scale_log2;                    // scale * log2(e)
   // The ring: `pairs` stages of K and as many of V.
-  int key_bytes, pair_bytes;       // of a stage of K, and of both
-  int pairs;                       // 0: not one fits
-  int keys_ahead, values_ahead;    // sub-blocks from the one in use to the one that is copied
+  int key_bytes, pair_bytes;     // of a stage of K, and of both
+  int pairs;                     // 0: not one fits
+  int keys_ahead, values_ahead;  // sub-blocks from the one in use to the one that is copied
 
   // For a ring of at most `ring_bytes`.
   Arguments(const PrefillParams& p, int ring_bytes)

@@ -1,7 +1,8 @@
 // From the scores of a sub-block to its probabilities, without a running maximum.
 //
-// P, O and the sums keep their meaning with any m in exp2(s - m) that their range allows: m is the maximum of a sub-block
-// that was looked at once, and only if the sums of a later one leave the range is that one done again with its own.
+// P, O and the sums keep their meaning with any m in exp2(s - m) that their range allows: m is the maximum of a
+// sub-block that was looked at once, and only if the sums of a later one leave the range is that one done again with
+// its own.
 #pragma once
 
 #include "pages.cuh"
