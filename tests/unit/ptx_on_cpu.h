@@ -38,9 +38,10 @@ struct Copy {
   uint32_t to, bytes;
   const void* from;
 };
-inline std::vector<Landing> landings;             // not yet done
-inline std::map<unsigned, std::vector<Copy>> begun;  // by a thread that has not yet named their barrier or waited for them
-inline bool copies_have_barriers = false;         // of the program, which sets it
+inline std::vector<Landing> landings;  // not yet done
+// Begun by a thread that has not yet named their barrier or waited for them.
+inline std::map<unsigned, std::vector<Copy>> begun;
+inline bool copies_have_barriers = false;  // of the program, which sets it
 
 inline void land(const Landing& landing) { late() ? landings.push_back(landing) : landing.run(); }
 
@@ -113,7 +114,8 @@ inline void mbarrier_arrive(uint32_t at) {
   barrier.check();
 }
 inline void mbarrier_arrive_copies(uint32_t at) {
-  land({at, [at, copies = std::move(begun[threadIdx.x])]() mutable {
+  land({at,
+        [at, copies = std::move(begun[threadIdx.x])]() mutable {
           finish(copies);
           mbarrier_arrive(at);
         },
