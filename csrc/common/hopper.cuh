@@ -25,27 +25,12 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- barriers in shared memory (mbarrier): a phase ends when `count` arrivals and all announced bytes are there
-__device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
+// ---- barriers in shared memory: those of ptx.cuh, whose phases also wait for all announced bytes
 __device__ __forceinline__ void mbarrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t at, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-// Until the phase of this parity has ended; parity 1 of a new barrier has.
-__device__ __forceinline__ void mbarrier_wait(uint32_t at, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\nbra again;\nover:\n}" ::"r"(
-          at),
-      "r"(parity)
-      : "memory");
 }
 // Whether that phase has ended, without waiting.
 __device__ __forceinline__ bool mbarrier_done(uint32_t at, uint32_t parity) {
@@ -66,11 +51,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 
 // ---- shared memory
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ uint32_t load_shared4(uint32_t at) {
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
-  return v;
-}
 __device__ __forceinline__ void store_shared4(uint32_t at, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }

@@ -40,7 +40,11 @@ constexpr bool kFindAnew = false;
 __device__ __forceinline__ void copy16_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// The same, or zeros.
+// 4 bytes.
+__device__ __forceinline__ void copy4_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+// 16 bytes, or zeros.
 __device__ __forceinline__ void copy16_async_or_zero(uint32_t to, const void* from, bool real) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0)
                : "memory");
@@ -49,6 +53,11 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int N>
 __device__ __forceinline__ void wait_copies() {  // all but the last N groups have landed
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ uint32_t load_shared4(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
 }
 __device__ __forceinline__ uint2 load_shared8(uint32_t at) {
   uint2 v;
@@ -60,6 +69,32 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t at) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
   return v;
 }
+
+// ---- barriers in shared memory (mbarrier): a phase ends when `count` arrivals are there
+__device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+// The thread arrives when all that it copied so far has landed.
+__device__ __forceinline__ void mbarrier_arrive_copies(uint32_t at) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
+// Until the phase of this parity has ended; parity 1 of a new barrier has.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define HS_TRY_WAIT "mbarrier.test_wait.parity.shared::cta.b64"
+#else
+#define HS_TRY_WAIT "mbarrier.try_wait.parity.shared::cta.b64"
+#endif
+__device__ __forceinline__ void mbarrier_wait(uint32_t at, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n" HS_TRY_WAIT " done, [%0], %1;\n@done bra over;\nbra again;\nover:\n}" ::"r"(at),
+      "r"(parity)
+      : "memory");
+}
+#undef HS_TRY_WAIT
 
 // ---- arithmetic
 __device__ __forceinline__ float exp2_fast(float x) {

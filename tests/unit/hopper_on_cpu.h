@@ -5,20 +5,9 @@
 // read too early, gives wrong results somewhere.
 #pragma once
 
-#include <cstdio>
-#include <cstdlib>
-#include <map>
-
 #include "ptx.cuh"
 
 namespace hierasparse {
-
-inline void require(bool good, const char* what) {
-  if (good) return;
-  fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
-  exit(4);
-}
-inline bool late() { return blockIdx.x / 2 % 2 == 1; }
 
 template <int>
 void more_registers() {}
@@ -46,60 +35,20 @@ inline void barrier_arrive(int id, int threads) {
 }
 
 // ---- barriers in shared memory, and copies
-struct Mbarrier {
-  int count, pending, bytes;
-  uint32_t phase;
-  void check() {
-    if (pending == 0 && bytes == 0) pending = count, phase ^= 1;
-  }
-};
-struct Copy {
-  uint32_t to, bytes, barrier;
-  const void* from;
-};
-inline std::map<uint32_t, Mbarrier> mbarriers;
-inline std::vector<Copy> copies;  // not yet done
-
-inline void mbarrier_init(uint32_t at, int count) {
-  require(at % 8 == 0, "a barrier's address is no multiple of 8");
-  mbarriers[at] = {count, count, 0, 0};
-}
 inline void mbarrier_init_done() {}
 inline void mbarrier_arrive_expect(uint32_t at, uint32_t bytes) {
-  Mbarrier& barrier = mbarriers.at(at);
-  require(barrier.pending > 0, "too many arrivals");
-  barrier.bytes += bytes, --barrier.pending;
-  barrier.check();
-}
-inline void mbarrier_arrive(uint32_t at) { mbarrier_arrive_expect(at, 0); }
-inline void land(const Copy& copy) {
-  memcpy(shared_memory + copy.to, copy.from, copy.bytes);
-  mbarriers.at(copy.barrier).bytes -= copy.bytes;
-  mbarriers.at(copy.barrier).check();
-}
-inline void mbarrier_wait(uint32_t at, uint32_t parity) {
-  Mbarrier& barrier = mbarriers.at(at);
-  while (barrier.phase == parity) {
-    for (int turn = 0; turn < 3 && barrier.phase == parity; ++turn) emulation::pause();
-    for (size_t i = 0; i < copies.size();) {
-      if (copies[i].barrier != at) {
-        ++i;
-      } else {
-        land(copies[i]);
-        copies.erase(copies.begin() + i);
-      }
-    }
-  }
+  mbarriers.at(at).bytes += bytes;
+  mbarrier_arrive(at);
 }
 inline bool mbarrier_done(uint32_t at, uint32_t parity) { return mbarriers.at(at).phase != parity; }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   require(to % 16 == 0 && bytes % 16 == 0, "a bulk copy is not in pieces of 16 bytes");
   memset(shared_memory + to, 0xff, bytes);  // NaN
-  if (late()) {
-    copies.push_back({to, bytes, barrier, from});
-  } else {
-    land({to, bytes, barrier, from});
-  }
+  land({barrier, [=] {
+          memcpy(shared_memory + to, from, bytes);
+          mbarriers.at(barrier).bytes -= bytes;
+          mbarriers.at(barrier).check();
+        }});
 }
 
 // ---- shared memory: pieces of 16 bytes that a thread wrote and did not yet make visible to products
@@ -114,7 +63,6 @@ void store_shared(uint32_t at, V v) {
   require(at % sizeof v == 0, "a store is not aligned");
   memcpy(shared_memory + at, &v, sizeof v);
 }
-inline uint32_t load_shared4(uint32_t at) { return load_shared<uint32_t>(at); }
 inline float load_shared_float(uint32_t at) { return load_shared<float>(at); }
 inline float2 load_shared_floats(uint32_t at) { return load_shared<float2>(at); }
 inline void store_shared4(uint32_t at, uint32_t v) { store_shared(at, v); }

@@ -3,10 +3,16 @@
 #define HS_PTX_ON_CPU
 #include "cuda_on_cpu.h"
 
-#undef __shared__
-#define __shared__ static  // blocks run one after the other
-
 #include "arrays.h"
+
+inline float __uint_as_float(uint32_t x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+namespace hierasparse::prefill_sm80 {
+alignas(1024) uint8_t memory[227 << 10];
+}
 
 #include "prefill/sm80/kernel.cuh"
 
@@ -14,21 +20,24 @@ using namespace hierasparse;
 using prefill_sm80::Arguments;
 
 template <typename T, int kD>
-static void run(const Arguments& a) {
-  emulation::launch(a.params.tile_count * a.params.cache.kv_heads * a.params.splits, prefill_sm80::kThreads, [&] {
-    a.params.cache.value_axis_token ? prefill_sm80::prefill_kernel<T, kD, true>(a)
-                                    : prefill_sm80::prefill_kernel<T, kD, false>(a);
+static void run(const PrefillParams& p, int pairs) {
+  const int room = sizeof prefill_sm80::memory - prefill_sm80::Shared<kD, prefill_sm80::tiles_of(kD)>::bytes();
+  const Arguments a(p, min(room, pairs * Arguments(p, room).pair_bytes));
+  memset(prefill_sm80::memory, 0xff, sizeof prefill_sm80::memory);  // NaN
+  emulation::launch(p.tile_count * p.cache.kv_heads * p.splits, prefill_sm80::kThreads, [&] {
+    p.cache.value_axis_token ? prefill_sm80::prefill_kernel<T, kD, true>(a)
+                             : prefill_sm80::prefill_kernel<T, kD, false>(a);
   });
 }
 
 int main(int, char** arguments) {
   const std::string folder = std::string(arguments[1]) + "/";
   std::ifstream numbers(folder + "numbers");
-  int d, sparse_k, sparse_v, sinks, mean, bfloat16, rows;
+  int d, sparse_k, sparse_v, sinks, mean, bfloat16, rows, pairs;
   PrefillParams p{};
   numbers >> d >> sparse_k >> sparse_v >> sinks >> mean >> p.cache.value_axis_token >> bfloat16 >> p.cache.kv_heads >>
       p.heads >> p.scale >> p.batch.page_table_stride >> p.batch.local_window >> p.batch.own_chunk_dense >>
-      p.cache.page_stride >> rows >> p.splits;
+      p.cache.page_stride >> rows >> p.splits >> pairs;
   auto pool = read<uint8_t>(folder + "pool");
   const auto pages = read<int32_t>(folder + "pages"), order = read<int32_t>(folder + "order");
   const auto tiles = read<int32_t>(folder + "tiles");
@@ -43,17 +52,16 @@ int main(int, char** arguments) {
   p.query_row_stride = p.out_row_stride = int64_t{p.heads} * d * 2, p.query_head_stride = p.out_head_stride = d * 2;
   p.out_split_stride = rows * p.out_row_stride;
   p.lse_head_stride = rows, p.lse_split_stride = int64_t{rows} * p.heads;
-  const Arguments a{p, p.cache.layout.head_bytes(), p.cache.layout.k_offset(), p.cache.layout.v_offset(),
-                    p.heads / p.cache.kv_heads, p.scale * 1.44269504f};
+  shared_memory = prefill_sm80::memory, copies_have_barriers = true;
   switch (d) {
     case 64:
-      bfloat16 ? run<__nv_bfloat16, 64>(a) : run<__half, 64>(a);
+      bfloat16 ? run<__nv_bfloat16, 64>(p, pairs) : run<__half, 64>(p, pairs);
       break;
     case 128:
-      bfloat16 ? run<__nv_bfloat16, 128>(a) : run<__half, 128>(a);
+      bfloat16 ? run<__nv_bfloat16, 128>(p, pairs) : run<__half, 128>(p, pairs);
       break;
     default:
-      bfloat16 ? run<__nv_bfloat16, 256>(a) : run<__half, 256>(a);
+      bfloat16 ? run<__nv_bfloat16, 256>(p, pairs) : run<__half, 256>(p, pairs);
   }
   write(folder + "out", out), write(folder + "lse", lse);
 }

@@ -1,7 +1,11 @@
 // csrc/common/ptx.cuh for cuda_on_cpu.h: the tests put it in that file's place.  Tensor-core products are those of the
-// PTX manual, lane by lane, in float32; copies land at once.
+// PTX manual, lane by lane, in float32.
 #pragma once
 
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
 #include <type_traits>
 
 namespace hierasparse {
@@ -16,21 +20,115 @@ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory);
 }
 
-inline void copy16_async(uint32_t to, const void* from) { memcpy(shared_memory + to, from, 16); }
+inline void require(bool good, const char* what) {
+  if (good) return;
+  fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+  exit(4);
+}
+inline bool late() { return blockIdx.x / 2 % 2 == 1; }
+
+// ---- copies, and barriers in shared memory
+// A copy lands at once, but for those that a barrier waits for: in some blocks they land when somebody waits for them.
+struct Landing {
+  uint32_t barrier;
+  std::function<void()> run;
+  unsigned thread = ~0u;  // which can wait for it too
+};
+struct Copy {
+  uint32_t to, bytes;
+  const void* from;
+};
+inline std::vector<Landing> landings;  // not yet done
+// Begun by a thread that has not yet named their barrier or waited for them.
+inline std::map<unsigned, std::vector<Copy>> begun;
+inline bool copies_have_barriers = false;  // of the program, which sets it
+
+inline void land(const Landing& landing) { late() ? landings.push_back(landing) : landing.run(); }
+
+inline void finish(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) memcpy(shared_memory + copy.to, copy.from, copy.bytes);
+  copies.clear();
+}
+inline void copy_async(uint32_t to, const void* from, uint32_t bytes) {
+  if (!copies_have_barriers) {
+    memcpy(shared_memory + to, from, bytes);
+    return;
+  }
+  require(to % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0, "a copy is not aligned");
+  memset(shared_memory + to, 0xff, bytes);  // NaN
+  begun[threadIdx.x].push_back({to, bytes, from});
+}
+inline void copy16_async(uint32_t to, const void* from) { copy_async(to, from, 16); }
+inline void copy4_async(uint32_t to, const void* from) { copy_async(to, from, 4); }
 inline void copy16_async_or_zero(uint32_t to, const void* from, bool real) {
   real ? memcpy(shared_memory + to, from, 16) : memset(shared_memory + to, 0, 16);
 }
 inline void commit_copies() {}
-template <int>
-void wait_copies() {}
+// Lands what is chosen by `which`.
+template <class Which>
+void land_all(Which which) {
+  for (size_t i = 0; i < landings.size();) {
+    if (!which(landings[i])) {
+      ++i;
+    } else {
+      const Landing landing = landings[i];
+      landings.erase(landings.begin() + i);
+      landing.run();
+    }
+  }
+}
+template <int N>
+void wait_copies() {
+  if (N > 0) return;
+  land_all([](const Landing& landing) { return landing.thread == threadIdx.x; });
+  finish(begun[threadIdx.x]);
+}
 template <typename V>
 V load_shared(uint32_t at) {
   V v;
+  require(at % sizeof v == 0, "a load is not aligned");
   memcpy(&v, shared_memory + at, sizeof v);
   return v;
 }
+inline uint32_t load_shared4(uint32_t at) { return load_shared<uint32_t>(at); }
 inline uint2 load_shared8(uint32_t at) { return load_shared<uint2>(at); }
 inline uint4 load_shared16(uint32_t at) { return load_shared<uint4>(at); }
+
+struct Mbarrier {
+  int count, pending, bytes;
+  uint32_t phase;
+  void check() {
+    if (pending == 0 && bytes == 0) pending = count, phase ^= 1;
+  }
+};
+inline std::map<uint32_t, Mbarrier> mbarriers;
+
+inline void mbarrier_init(uint32_t at, int count) {
+  require(at % 8 == 0, "a barrier's address is no multiple of 8");
+  mbarriers[at] = {count, count, 0, 0};
+}
+inline void mbarrier_arrive(uint32_t at) {
+  Mbarrier& barrier = mbarriers.at(at);
+  require(barrier.pending > 0, "too many arrivals");
+  --barrier.pending;
+  barrier.check();
+}
+inline void mbarrier_arrive_copies(uint32_t at) {
+  land({at,
+        [at, copies = std::move(begun[threadIdx.x])]() mutable {
+          finish(copies);
+          mbarrier_arrive(at);
+        },
+        threadIdx.x});
+  begun[threadIdx.x].clear();
+}
+inline void mbarrier_wait(uint32_t at, uint32_t parity) {
+  Mbarrier& barrier = mbarriers.at(at);
+  while (barrier.phase == parity) {
+    for (int turn = 0; turn < 3 && barrier.phase == parity; ++turn) emulation::pause();
+    land_all([at](const Landing& landing) { return landing.barrier == at; });
+  }
+}
 
 inline float exp2_fast(float x) { return exp2f(x); }
 template <int kSelect>

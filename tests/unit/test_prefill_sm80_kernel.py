@@ -22,8 +22,11 @@ def kernel(tmp_path_factory):
     return on_cpu.build(folder, "prefill", "prefill/sm80/kernel.cuh", "hierasparse::prefill_sm80")
 
 
-def run(kernel, folder, case, splits):
-    """Outputs [splits, rows, heads, D] and their log-sum-exps [splits, heads, rows]; NaN where nothing is written."""
+def run(kernel, folder, case, splits, pairs):
+    """Outputs [splits, rows, heads, D] and their log-sum-exps [splits, heads, rows]; NaN where nothing is written.
+
+    The kernel's ring has up to ``pairs`` stages of K and as many of V.
+    """
     layout, batch, rows = case.layout, case.batch, len(case.query)
     heads, kv_heads = case.query.shape[1], case.pages.shape[1]
     tiles, _ = page_tiles(long_requests(batch, 0), batch.rule, COLUMNS[layout.head_size] * kv_heads // heads)
@@ -31,7 +34,7 @@ def run(kernel, folder, case, splits):
         layout.head_size, layout.sparse_k, layout.sparse_v, layout.sink_tokens, int(layout.key_mean),
         int(layout.value_axis == "token"), int(case.query.dtype == BF16), kv_heads, heads, case.scale,
         batch.page_table.shape[1], batch.rule.local_window, int(batch.rule.own_chunk_dense), case.pages[0].numel(),
-        rows, splits,
+        rows, splits, pairs,
     )  # fmt: skip
     arrays = {
         "pool": case.pages, "pages": batch.page_table, "order": case.policy.key.grouping.order.int(),
@@ -67,9 +70,9 @@ def expected(case, request, dtype=torch.float32):
     return (rows, torch.stack(out), torch.stack(lse)) if rows else None
 
 
-def check(kernel, folder, case, splits=1, steep=False):
+def check(kernel, folder, case, splits=1, steep=False, pairs=8):
     """FlashAttention-3's rule; without a tile nothing is written, without a page below the border 0 and -inf."""
-    out, lse = run(kernel, folder, case, splits)
+    out, lse = run(kernel, folder, case, splits, pairs)
     written = lse.isfinite().any(0).any(0)
     seen = 0
     for request in range(len(case.batch.seq_lens)):
@@ -101,7 +104,7 @@ def test_every_sparsity(kernel, tmp_path, d, axis):
             [520 + seed], [2], d=d, kv_heads=1, group=3, axis=axis, sparse=(seed // 5, seed % 5), seed=seed,
             window=0, dtype=(BF16, FP16)[seed % 2], sinks=(0, 1, 5, 64)[seed % 4], mean=seed % 3 > 0, device="cpu",
         )  # fmt: skip
-        check(kernel, tmp_path, case, 1 + seed % 2)
+        check(kernel, tmp_path, case, 1 + seed % 2, pairs=(8, 1, 2, 3, 5)[seed % 5])
 
 
 CASES = {

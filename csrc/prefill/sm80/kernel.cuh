@@ -1,38 +1,22 @@
 // Prefill over compressed pages on mma.sp, for every GPU since sm_80: attention of a tile's queries over its pages.
 //
 // Keys are the M side of S^T = K q^T and channels that of O^T = V^T P^T, so the stored 2:4 form is the sparse operand.
-// Each of eight warps owns its columns alone, with queries, results and softmax in registers: no shared memory and no
-// barrier.  The warps walk the same sub-blocks, so L1 serves all but the first.  docs/kernels.md has the budgets.
+// Each of eight warps owns its columns alone, with queries, results and softmax in registers; all of them read the same
+// sub-blocks, from a ring in shared memory that they fill together.  docs/kernels.md has the budgets.
 #pragma once
 
-#include "pages.cuh"
+#include "softmax.cuh"
 
 namespace hierasparse::prefill_sm80 {
 
-// Tokens that a column does not read here: beyond its border, or in the sink rows.
-template <int kTiles>
-__device__ __forceinline__ void hide(float (&s)[2][kTiles][4], Mine<kTiles> shared, int page, int sinks, int half) {
-  const int g = thread_index() % 32 / 4, t = thread_index() % 4;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const bool hidden = page * kPageTokens >= shared->border[8 * n + 2 * t + e];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (hidden || 32 * half + 16 * m + 8 * i + g < sinks) s[m][n][2 * i + e] = -INFINITY;
-        }
-      }
-    }
-  }
-}
+extern __shared__ __align__(512) uint8_t memory[];
+
+__device__ __forceinline__ uint4 load16(const uint8_t* from) { return __ldg(reinterpret_cast<const uint4*>(from)); }
 
 // Sink rows of a request's first page.
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void attend_sinks(const Arguments& a, State<kD, kTiles>& state, const Queries<kD, kTiles>& q,
-                                             Mine<kTiles> shared, const uint8_t* page) {
+                                             const int* border, const uint8_t* page) {
   const PageLayout& layout = a.params.cache.layout;
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
 #pragma unroll 1
@@ -58,7 +42,7 @@ __device__ __forceinline__ void attend_sinks(const Arguments& a, State<kD, kTile
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool read = shared->border[8 * n + 2 * t + e % 2] > 0;
+        const bool read = border[8 * n + 2 * t + e % 2] > 0;
         if (!read || g + 8 * (e / 2) >= rows) s[0][n][e] = -INFINITY;
       }
     }
@@ -75,96 +59,177 @@ __device__ __forceinline__ void attend_sinks(const Arguments& a, State<kD, kTile
   }
 }
 
-// All sub-blocks of the warp's pages, half by half.  While one warp of a scheduler is at its exponentials, the other
-// has the tensor cores.
+// All sub-blocks of the CTA's pages.  While one warp of a scheduler is at its exponentials, the other has the tensor
+// cores.
 template <typename T, int kD, bool kTokens, int kTiles>
 __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTiles>& state, const Queries<kD, kTiles>& q,
-                                             Walk<kD, kTiles>& walk, Mine<kTiles> shared) {
-  const PageLayout& layout = a.params.cache.layout;
-  auto attend = [&](auto half) {
-    constexpr int kHalf = decltype(half)::value;
-    float s[2][kTiles][4];
-    if (const Side k = walk.keys(); k.sparse) {
-      multiply_keys<T, true, kHalf>(s, q, shared, k.at);
-    } else {
-      multiply_keys<T, false, kHalf>(s, q, shared, k.at);
+                                             Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier) {
+  constexpr Form kSparseForm = kTokens ? Form::kTokens : Form::kChannels;
+  const bool means = a.params.cache.layout.key_mean;
+  const int count = (shared.end - shared.begin) * kSubs;
+  Reader<kD, kTiles> ring(a, shared);
+  Keys<kD> keys;
+  uint32_t kind = ring.wait(0, ring.stage());
+  keys.load(ring.keys(ring.stage()), kind & kSparse);
+  auto& own = shared.own[thread_index() / 32];
+  // The lane's columns of means and tops, in shared memory.
+  const uint32_t lane_means = shared_address(&own.mean[0][thread_index() % 4 * 2]);
+  constexpr int kRowBytes = sizeof own.mean[0], kTopBytes = sizeof own.mean;
+  float* const lane_tops = &own.top[thread_index() % 4 * 2];
+  store_tops(state, lane_tops);
+  const bool alone = a.pairs == 1;  // stages: V is copied over the one before, as late as that
+  bool exact = true;                // the maximum is not known yet
+#pragma unroll 1
+  for (int i = 0;; ++i) {
+    if (i % kMeanEvery == 0 && means) {
+      mbarrier_wait(shared_address(&shared.means_full), i / kMeanEvery % 2);
+      multiply_means<T>(a.scale_log2, shared, q);
     }
-    Ahead<kD> ahead;
-    if constexpr (kTokens) ahead.load(walk.values(), kHalf);
-    if (walk.at_edge() || walk.sinks()) {
-      hide(s, shared, walk.page(), walk.sinks() ? layout.sink_tokens : 0, kHalf);
-    }
-    raise_maximum(a.scale_log2, state, s);
-    uint32_t p[kTiles][2][2];
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) probabilities<T>(a.scale_log2, state, n, s[m][n], p[n][m]);
-    }
-    const Side v = walk.values();
-    if constexpr (kTokens) {
-      if (v.sparse) {
-        multiply_values<T, true, kHalf>(state, p, v, ahead);
+    const Stage stage = ring.stage();
+    const uint32_t k = ring.keys(stage), v = ring.values(stage);
+    const int row = kind & kSparse ? static_cast<unsigned>(i) / kSubs % kMeanPages : kMeanPages;
+    uint32_t p[kTiles][kRows][2];
+    Values<kD> values;
+    uint32_t value_kind;
+#pragma unroll 1
+    for (;;) {
+      float s[kRows][kTiles][4];
+      if (kind & kSparse) {
+        multiply_keys<T, true>(s, q, k, keys);
       } else {
-        multiply_values<T, false, kHalf>(state, p, v, ahead);
+        multiply_keys<T, false>(s, q, k, keys);
       }
+      if (kind & (kSinks | kEdge)) {
+        hide(s, own.border, (shared.begin + i / kSubs) * kPageTokens,
+             kind & kSinks ? a.params.cache.layout.sink_tokens : 0);
+      }
+      if (alone && (!exact || i == 0)) {
+        if (i > 0) ring.release(1, 1);
+        copier.serve(i, stage, 1, 2);
+      }
+      value_kind = ring.wait(1, stage);
+      float sum[kTiles][2];
+      if (exact) raise_exactly(a.scale_log2, state, s, lane_means + row * kRowBytes, lane_means + kTopBytes, lane_tops);
+      const bool good = weigh<T>(a.scale_log2, s, lane_means + row * kRowBytes, lane_means + kTopBytes, p, sum,
+                                 [&] { values.template load<kTokens>(v, value_kind & kSparse); });
+      if (__builtin_expect(good || exact, 1)) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) state.sum[n][0] += sum[n][0], state.sum[n][1] += sum[n][1];
+        break;
+      }
+      exact = true;
+      keys.load(k, kind & kSparse);
+    }
+    exact = false;
+    __syncwarp();
+    ring.release(0, 0);
+    if (i > 0 && !alone) ring.release(1, 1);
+    if (alone) {
+      copier.serve(i, stage, 0, 1);
+    } else if (copier.turn(i)) {
+      copier.serve(i, stage, 0, 2);
+    }
+    copier.serve_means(i);
+    const Stage next = ring.next();
+    if (i + 1 < count) kind = ring.wait(0, next);
+    const uint32_t next_k = ring.keys(next);
+    const auto load_next = [&](int f) { keys.load(next_k, kind & kSparse, f); };
+    if (value_kind & kSparse) {
+      multiply_values<T, kSparseForm>(state, p, v, values, load_next);
     } else {
-      if (v.sparse) {
-        multiply_channels<T, true, kHalf>(state, p, v);
-      } else {
-        multiply_channels<T, false, kHalf>(state, p, v);
-      }
+      multiply_values<T, Form::kDense>(state, p, v, values, load_next);
     }
-  };
-  do {
-    if (walk.page_begins() && layout.key_mean) {
-      multiply_mean<T>(shared, q, walk.base() + layout.mean_offset());
-    }
-    attend(std::integral_constant<int, 0>{});
-    attend(std::integral_constant<int, 1>{});
-  } while (walk.advance());
+    if (i + 1 == count) break;
+    ring.advance(next);
+  }
+  load_columns(state.top, lane_means + kTopBytes);
+}
+
+// A warp without columns copies for the others.
+template <int kD, int kTiles>
+__device__ __forceinline__ void only_copy(const Arguments& a, Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier) {
+  Reader<kD, kTiles> ring(a, shared);
+  const int count = (shared.end - shared.begin) * kSubs;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const Stage stage = ring.stage();
+    ring.wait(0, stage), ring.release(0, 0);
+    copier.serve(i, stage, 0, 2);
+    copier.serve_means(i);
+    ring.wait(1, stage), ring.release(1, 0);
+    ring.advance(ring.next());
+  }
 }
 
 template <typename T, int kD, bool kTokens>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ Arguments a) {
   constexpr int kTiles = tiles_of(kD);
-  __shared__ Shared<kTiles> shared[kWarps];
+  auto& shared = *reinterpret_cast<Shared<kD, kTiles>*>(memory);
   const PrefillParams& p = a.params;
   const Columns<kTiles> columns(a);
-  if (!columns.any()) return;
-  State<kD, kTiles> state;
-  state.reset();
   const Work& work = columns.work();
   const int pages = border_of(p, work.tile, work.tile.queries - 1) / kPageTokens;
-  const int begin = pages * work.split / p.splits;
-  const int end = min(pages * (work.split + 1) / p.splits, columns.high() / kPageTokens);
+  const int begin = static_cast<int>(int64_t{pages} * work.split / p.splits);
+  const int end = static_cast<int>(int64_t{pages} * (work.split + 1) / p.splits);
+  State<kD, kTiles> state;
+  state.reset();
   if (begin < end) {
-    const Mine<kTiles> mine{shared};
     const int lane = thread_index() % 32;
-    if (lane == 0) {
-      mine->table = p.batch.page_table + work.tile.request * p.batch.page_table_stride;
-      mine->head = int64_t{work.kv_head} * a.head_bytes;
-      mine->end = end, mine->edge = columns.low() / kPageTokens;
+    if (thread_index() == 0) {
+      shared.table = p.batch.page_table + work.tile.request * p.batch.page_table_stride;
+      shared.head = int64_t{work.kv_head} * a.head_bytes;
+      shared.begin = begin, shared.end = end;
+      shared.edge = border_of(p, work.tile, 0) / kPageTokens;
+      for (int side = 0; side < 2; ++side) {
+        for (int i = 0; i < a.pairs; ++i) {
+          mbarrier_init(shared_address(reinterpret_cast<uint8_t*>(&shared.full[side][i])), kFullCount);
+          mbarrier_init(shared_address(reinterpret_cast<uint8_t*>(&shared.empty[side][i])), kWarps);
+        }
+      }
+      mbarrier_init(shared_address(reinterpret_cast<uint8_t*>(&shared.means_full)), 32);
     }
-    if (lane < 8 * kTiles) mine->border[lane] = columns.border(lane), mine->mean[lane] = 0.f;
-    __syncwarp();
-    Queries<kD, kTiles> q;
-    columns.load(q);
-    Walk<kD, kTiles> walk(a, mine, begin);
-    if (walk.sinks()) attend_sinks<T>(a, state, q, mine, walk.base());
-    attend_pages<T, kD, kTokens>(a, state, q, walk, mine);
+    auto& own = shared.own[thread_index() / 32];
+    for (int i = lane; i < 8 * kTiles; i += 32) {
+      own.border[i] = columns.border(i);
+      for (int row = 0; row <= kMeanPages; ++row) own.mean[row][i] = 0.f;
+    }
+    __syncthreads();
+    Copier<kD, kTiles> copier(a, shared);
+    copier.begin();
+    if (columns.any()) {
+      Queries<kD, kTiles> q;
+      columns.load(q);
+      if (begin == 0 && p.cache.layout.sink_tokens > 0) {
+        const uint8_t* page = p.cache.pages + __ldg(shared.table) * p.cache.page_stride + shared.head;
+        if (PageLayout::has_sinks(__ldg(reinterpret_cast<const uint32_t*>(page)))) {
+          attend_sinks<T>(a, state, q, own.border, page);
+        }
+      }
+      attend_pages<T, kD, kTokens>(a, state, q, shared, copier);
+    } else {
+      only_copy(a, shared, copier);
+    }
+    wait_copies<0>();  // ids and words of sub-blocks behind the last
   }
-  Columns<kTiles>(a).template store<T>(state);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  const bool any = Columns<kTiles>(a).any();  // what it follows from would be spilled
+#else
+  const bool any = columns.any();
+#endif
+  if (any) Columns<kTiles>(a).template store<T>(state);
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 template <typename T, int kD, bool kTokens>
-cudaError_t run(const Arguments& a, cudaStream_t stream) {
+cudaError_t run(const PrefillParams& p, int shared_bytes, cudaStream_t stream) {
+  constexpr int kBefore = Shared<kD, tiles_of(kD)>::bytes();
+  const Arguments a(p, shared_bytes - kBefore);
+  if (a.pairs == 0) return cudaErrorInvalidConfiguration;
+  const int bytes = kBefore + a.pairs * a.pair_bytes;
   const auto kernel = prefill_kernel<T, kD, kTokens>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxL1);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<a.params.tile_count * a.params.cache.kv_heads * a.params.splits, kThreads, 0, stream>>>(a);
+  kernel<<<p.tile_count * p.cache.kv_heads * p.splits, kThreads, bytes, stream>>>(a);
   return cudaGetLastError();
 }
 

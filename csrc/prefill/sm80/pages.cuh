@@ -1,181 +1,116 @@
-// A warp's way through the sub-blocks of its pages, and their products, half a sub-block (32 tokens) at a time.
+// The products of a warp with a whole sub-block (64 tokens) that lies in the ring.
 //
-// Fragments come straight from global memory, the same for all warps of a CTA, so that L1 serves all but the first.
+// Fragments are read kAhead before they are used, the first ones of a side during the product before.
 #pragma once
 
-#include "columns.cuh"
+#include "ring.cuh"
 
 namespace hierasparse::prefill_sm80 {
 
-constexpr int kFragment = 512;  // bytes of an operand-A fragment of a warp
-constexpr int kAhead = 2;       // fragments of V
-
-__device__ __forceinline__ uint4 load16(const uint8_t* from) { return __ldg(reinterpret_cast<const uint4*>(from)); }
-
-// One side of a sub-block.
-struct Side {
-  const uint8_t* at;  // the lane's 16 bytes of its first fragment
-  bool sparse;
-};
-
-// What a warp rarely reads lies in shared memory, since registers run short.
-template <int kTiles>
-struct Shared {
-  const int32_t* table;  // of the request's pages
-  int64_t head;          // bytes from a page to the head's region
-  int end;               // behind the warp's last page
-  int edge;              // pages from it on are hidden from some column
-  int border[8 * kTiles];
-  float mean[8 * kTiles];  // q . mean of the page
-};
-
-// ... and is found there anew.
-template <int kTiles>
-struct Mine {
-  Shared<kTiles>* warps;
-  __device__ __forceinline__ volatile Shared<kTiles>* operator->() const { return warps + thread_index() / 32; }
-};
-
-// The sub-blocks of a warp.  Ids and index words come for 32 pages at a time, one a lane.
-template <int kD, int kTiles>
-class Walk {
- public:
-  // From page `begin` on, of which there is at least one.
-  __device__ __forceinline__ Walk(const Arguments& a, Mine<kTiles> shared, int begin)
-      : a_(a), shared_(shared), at_(begin * kSubs) {
-    load();
-  }
-
-  // The region of the page.
-  __device__ __forceinline__ const uint8_t* base() const { return region(__shfl_sync(~0u, ids_, page() % 32)); }
-  __device__ __forceinline__ int page() const { return at_ / kSubs; }
-  __device__ __forceinline__ bool page_begins() const { return at_ % kSubs == 0; }
-  __device__ __forceinline__ bool at_edge() const { return page() >= shared_->edge; }
-  // The sub-block's first tokens are read from the sink rows.
-  __device__ __forceinline__ bool sinks() const { return page_begins() && PageLayout::has_sinks(word()); }
-
-  // To the next sub-block, if there is one.
-  __device__ __forceinline__ bool advance() {
-    if (at_ + 1 == shared_->end * kSubs) return false;
-    if (++at_ % (32 * kSubs) == 0) load();
-    return true;
-  }
-
-  __device__ __forceinline__ Side keys() const {
-    const PageLayout& layout = a_.params.cache.layout;
-    return side(layout.k_mask(word()), layout.sparse_k, a_.k_offset);
-  }
-  __device__ __forceinline__ Side values() const {
-    const PageLayout& layout = a_.params.cache.layout;
-    return side(layout.v_mask(word()), layout.sparse_v, a_.v_offset);
-  }
-
- private:
-  // As PageLayout::k_sub and v_sub have it, without a branch.
-  __device__ __forceinline__ Side side(uint32_t mask, int count, int offset) const {
-    constexpr PageLayout kSizes{kD, 2, 0, 0, 0, false};
-    const int sub = at_ % kSubs, rank = __popc(mask & ((1u << sub) - 1));
-    const bool sparse = mask >> sub & 1;
-    offset += (sparse ? rank : count) * kSizes.sparse_bytes() + (sparse ? 0 : sub - rank) * kSizes.dense_bytes();
-    return {base() + offset + thread_index() % 32 * 16, sparse};
-  }
-  // Addresses are made where they are needed: kept, they would take the registers that run short.
-  __device__ __forceinline__ const uint8_t* region(int id) const {
-    return a_.params.cache.pages + id * a_.params.cache.page_stride + shared_->head;
-  }
-  __device__ __forceinline__ uint32_t word() const { return __shfl_sync(~0u, words_, page() % 32); }
-  __device__ __forceinline__ void load() {
-    const int mine = page() / 32 * 32 + thread_index() % 32;
-    const bool real = mine >= page() && mine < shared_->end;
-    ids_ = real ? __ldg(shared_->table + mine) : 0;
-    words_ = real ? __ldg(reinterpret_cast<const uint32_t*>(region(ids_))) : 0;
-  }
-
-  const Arguments& a_;
-  const Mine<kTiles> shared_;
-  int at_;  // sub-block, counted from page 0
-  int ids_;
-  uint32_t words_;
-};
+constexpr int kAhead = 3;
+constexpr int kRows = kSubTokens / 16;  // row tiles of a sub-block
 
 // ---- K
 
-// Metadata of a half.
+// Metadata of two row tiles.
 template <int kD>
 struct KeyWords {
   static constexpr int kPairs = kD / 64;  // words of a row tile
   uint32_t at[2 * kPairs];
-  __device__ __forceinline__ void load(const uint8_t* k, int half) {
-    const uint8_t* from = k + 64 * kD;
+  __device__ __forceinline__ void load(uint32_t k, int half) {
+    const uint32_t from = k + 64 * kD;
     if constexpr (kD == 64) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + half);
+      const uint2 two = load_shared8(from + half * 8);  // the lane's 16 bytes are four words
       at[0] = two.x, at[1] = two.y;
     } else {
 #pragma unroll
       for (int i = 0; i < kPairs / 2; ++i) {
-        const uint4 four = load16(from + (half * (kPairs / 2) + i) * 512);
+        const uint4 four = load_shared16(from + (half * (kPairs / 2) + i) * kFragment);
         at[4 * i] = four.x, at[4 * i + 1] = four.y, at[4 * i + 2] = four.z, at[4 * i + 3] = four.w;
       }
     }
   }
 };
 
-// S^T of a half, two row tiles of 16 tokens.
-template <typename T, bool kSparse, int kHalf, int kD, int kTiles>
-__device__ __forceinline__ void multiply_keys(float (&s)[2][kTiles][4], const Queries<kD, kTiles>& q,
-                                              Mine<kTiles> shared, const uint8_t* k) {
-  constexpr int kSteps = kSparse ? kD / 32 : kD / 16;
+// The order of K's fragments: two row tiles at a time, so that six products in turn do not wait for each other.
+template <int kD, bool kIsSparse>
+struct KeyOrder {
+  static constexpr int kSteps = kIsSparse ? kD / 32 : kD / 16, kCount = kRows * kSteps;
+  static constexpr int row(int i) { return i / (2 * kSteps) * 2 + i % 2; }
+  static constexpr int step(int i) { return i / 2 % kSteps; }
+  static constexpr int offset(int i) { return (row(i) * kSteps + step(i)) * kFragment; }
+};
+
+// The first fragments of a sub-block's K.
+template <int kD>
+struct Keys {
+  uint4 fragments[kAhead];
   KeyWords<kD> words;
-  if constexpr (kSparse) words.load(k, kHalf);
+  __device__ __forceinline__ void load(uint32_t k, bool sparse, int i) {
+    fragments[i] = load_shared16(k + (sparse ? KeyOrder<kD, true>::offset(i) : KeyOrder<kD, false>::offset(i)));
+    if (i == 0) words.load(k, 0);
+  }
+  __device__ __forceinline__ void load(uint32_t k, bool sparse) {
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
+    for (int i = 0; i < kAhead; ++i) load(k, sparse, i);
+  }
+};
+
+// S^T.
+template <typename T, bool kIsSparse, int kD, int kTiles>
+__device__ __forceinline__ void multiply_keys(float (&s)[kRows][kTiles][4], const Queries<kD, kTiles>& q, uint32_t k,
+                                              Keys<kD>& first) {
+  using Order = KeyOrder<kD, kIsSparse>;
+  KeyWords<kD> words = first.words, next_words;
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < Order::kCount; ++i) {
+    const int row = Order::row(i), step = Order::step(i);
+    const uint4 a = first.fragments[i % kAhead];
+    if (i + kAhead < Order::kCount) first.fragments[i % kAhead] = load_shared16(k + Order::offset(i + kAhead));
+    if (kIsSparse && i == Order::kCount / 2 - 4) next_words.load(k, 1);
+    if (kIsSparse && i == Order::kCount / 2) words = next_words;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        s[row][n][e] = s[row][n][2 + e] = kSparse ? shared->mean[8 * n + thread_index() % 4 * 2 + e] : 0.f;
-      }
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint4 a = load16(k + ((2 * kHalf + row) * kSteps + step) * kFragment);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if constexpr (kSparse) {
-          const uint32_t word = words.at[row * KeyWords<kD>::kPairs + step / 2];
-          if (step % 2 == 0) {
-            mma_sp<T, 0>(s[row][n], a, q.at[n][step], word);
-          } else {
-            mma_sp<T, 1>(s[row][n], a, q.at[n][step], word);
-          }
+      if constexpr (kIsSparse) {
+        const uint32_t word = words.at[row % 2 * KeyWords<kD>::kPairs + step / 2];
+        if (step % 2 == 0) {
+          mma_sp<T, 0>(s[row][n], a, q.at[n][step], word);
         } else {
-          mma<T>(s[row][n], a.x, a.y, a.z, a.w, q.at[n][step / 2][step % 2 * 2], q.at[n][step / 2][step % 2 * 2 + 1]);
+          mma_sp<T, 1>(s[row][n], a, q.at[n][step], word);
         }
+      } else {
+        mma<T>(s[row][n], a.x, a.y, a.z, a.w, q.at[n][step / 2][step % 2 * 2], q.at[n][step / 2][step % 2 * 2 + 1]);
       }
     }
   }
 }
 
-// q . mean: the mean as a matrix of equal rows.
+// scale_log2 * q . mean for a batch of pages: row g of operand A is page g.
 template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_mean(Mine<kTiles> shared, const Queries<kD, kTiles>& q, const uint8_t* mean) {
+__device__ __forceinline__ void multiply_means(float scale_log2, Shared<kD, kTiles>& shared,
+                                               const Queries<kD, kTiles>& q) {
+  const int warp = thread_index() / 32, g = thread_index() % 32 / 4, t = thread_index() % 4;
   float d[kTiles][4] = {};
+  const uint32_t means = shared_address(shared.means[g]) + t * 16;
 #pragma unroll
   for (int step = 0; step < kD / 32; ++step) {
-    const uint4 a = load16(mean + (4 * step + thread_index() % 4) * 16);
+    const uint4 a = load_shared16(means + step * 64);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      mma<T>(d[n], a.x, a.x, a.y, a.y, q.at[n][step][0], q.at[n][step][1]);
-      mma<T>(d[n], a.z, a.z, a.w, a.w, q.at[n][step][2], q.at[n][step][3]);
+      mma<T>(d[n], a.x, 0, a.y, 0, q.at[n][step][0], q.at[n][step][1]);
+      mma<T>(d[n], a.z, 0, a.w, 0, q.at[n][step][2], q.at[n][step][3]);
     }
   }
   __syncwarp();
-  if (thread_index() % 32 < 4) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      shared->mean[8 * n + thread_index() % 4 * 2] = d[n][0];
-      shared->mean[8 * n + thread_index() % 4 * 2 + 1] = d[n][1];
-    }
+  for (int n = 0; n < kTiles; ++n) {
+    shared.own[warp].mean[g][8 * n + 2 * t] = d[n][0] * scale_log2;
+    shared.own[warp].mean[g][8 * n + 2 * t + 1] = d[n][1] * scale_log2;
   }
   __syncwarp();
 }
@@ -183,101 +118,94 @@ __device__ __forceinline__ void multiply_mean(Mine<kTiles> shared, const Queries
 // ---- V
 enum class Form { kDense, kTokens, kChannels };  // 2:4 along tokens, along channels
 
-// Bytes from a sub-block's values to fragment i of a half.
-template <Form kForm>
-__device__ __forceinline__ constexpr int value_fragment(int half, int i) {
-  return kForm == Form::kTokens     ? (2 * i + half) * kFragment
-         : kForm == Form::kChannels ? (i / 4 * 8 + half * 4 + i % 4) * kFragment
-                                    : (i / 8 * 16 + half * 8 + i % 8) * kFragment;
-}
-// Metadata, where V is sparse; else words that nobody reads.  Along channels a half has two words of 64 channels.
-template <int kD, bool kTokens>
-struct ValueWords {
-  uint32_t at[kTokens ? 4 : 2];  // of 64 channels
-  __device__ __forceinline__ void load(const Side& v, int half, int c) {
-    const uint8_t* from = v.at + 64 * kD + c * 512;
-    if constexpr (kTokens) {
-      const uint4 four = load16(from);
-      at[0] = four.x, at[1] = four.y, at[2] = four.z, at[3] = four.w;
-    } else {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + half);
-      at[0] = two.x, at[1] = two.y;
-    }
+template <int kD, Form kForm>
+struct ValueOrder {
+  static constexpr int kCount = kForm == Form::kDense ? kD / 4 : kD / 8;
+  // Along tokens a fragment is a row tile and half the tokens; all row tiles of 64 channels in turn, then the other
+  // half.
+  static constexpr int offset(int i) {
+    return (kForm == Form::kTokens ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i) * kFragment;
   }
 };
 
+// The first fragments of a sub-block's V.
+template <int kD>
+struct Values {
+  uint4 fragments[kAhead];
+  uint4 words;  // of 64 channels, where V is sparse; else nobody reads them
+  template <bool kTokens>
+  __device__ __forceinline__ void load(uint32_t v, bool sparse) {
+    constexpr Form kForm = kTokens ? Form::kTokens : Form::kChannels;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      fragments[i] =
+          load_shared16(v + (sparse ? ValueOrder<kD, kForm>::offset(i) : ValueOrder<kD, Form::kDense>::offset(i)));
+    }
+    words = load_shared16(v + 64 * kD);
+  }
+};
+
+__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
 // One dense fragment: 64 channels c, 16 tokens m, plane j.
 template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_dense(State<kD, kTiles>& state, const uint32_t (&p)[kTiles][2][2], int f,
-                                               const uint4& a) {
-  const int c = f / 8, m = f / 4 % 2, j = f % 4;
+__device__ __forceinline__ void multiply_dense(State<kD, kTiles>& state, const uint32_t (&p)[kTiles][kRows][2], int c,
+                                               int m, int j, const uint4& a) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) mma<T>(state.o[4 * c + j][n], a.x, a.y, a.z, a.w, p[n][m][0], p[n][m][1]);
 }
 
-// What is loaded of V before the probabilities are made; along channels registers have no room for it.
-template <int kD>
-struct Ahead {
-  uint4 fragments[kAhead];
-  ValueWords<kD, true> words;
-  __device__ __forceinline__ void load(const Side& v, int half) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      fragments[i] =
-          load16(v.at + (v.sparse ? value_fragment<Form::kTokens>(half, i) : value_fragment<Form::kDense>(half, i)));
-    }
-    words.load(v, half, 0);
-  }
-};
-
-// O^T += V^T P^T of a half, 2:4 along tokens (`kSparse`) or dense.
-template <typename T, bool kSparse, int kHalf, int kD, int kTiles>
-__device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, const uint32_t (&p)[kTiles][2][2],
-                                                const Side& v, const Ahead<kD>& ahead) {
-  constexpr Form kForm = kSparse ? Form::kTokens : Form::kDense;
-  ValueWords<kD, true> words = ahead.words, next_words;
-#pragma unroll
-  for (int f = 0; f < (kSparse ? kD / 16 : kD / 8); ++f) {
-    const uint4 a = f < kAhead ? ahead.fragments[f] : load16(v.at + value_fragment<kForm>(kHalf, f));
-    if constexpr (kSparse) {
-      if (f % 4 == 0 && f > 0) words = next_words;  // 64 channels begin
-      if (f % 4 == 0 && f + 4 < kD / 16) next_words.load(v, kHalf, f / 4 + 1);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const uint32_t b[4] = {p[n][0][0], p[n][0][1], p[n][1][0], p[n][1][1]};
-        mma_sp<T, kHalf>(state.o[f][n], a, b, words.at[f % 4]);
-      }
+// O^T += V^T P^T.  `next(i)` reads fragment i of the next sub-block's K, when V's last ones leave registers for it.
+template <typename T, Form kForm, int kD, int kTiles, typename Next>
+__device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, const uint32_t (&p)[kTiles][kRows][2],
+                                                uint32_t v, Values<kD>& first, Next next) {
+  using Order = ValueOrder<kD, kForm>;
+  uint4 words = first.words;
+  auto take = [&](int i) {
+    const uint4 a = first.fragments[i % kAhead];
+    if (i + kAhead < Order::kCount) {
+      first.fragments[i % kAhead] = load_shared16(v + Order::offset(i + kAhead));
     } else {
-      multiply_dense<T>(state, p, f, a);
+      next(i + kAhead - Order::kCount);
     }
-  }
-}
-
-// The same, 2:4 along channels or dense.
-template <typename T, bool kSparse, int kHalf, int kD, int kTiles>
-__device__ __forceinline__ void multiply_channels(State<kD, kTiles>& state, const uint32_t (&p)[kTiles][2][2],
-                                                  const Side& v) {
-  if constexpr (kSparse) {
+    return a;
+  };
+  if constexpr (kForm == Form::kChannels) {
 #pragma unroll
-    for (int c = 0; c < kD / 64; ++c) {
-      ValueWords<kD, false> words;
-      words.load(v, kHalf, c);
+    for (int i = 0; i < Order::kCount / 2; ++i) {
+      const int c = i / 4, m = i % 4;
+      const uint4 low = take(2 * i), high = take(2 * i + 1);
+      uint32_t plane[4][4];
+      expand_channels(low, high, word_of(words, m), plane);
+      if (m == 3 && c + 1 < kD / 64) words = load_shared16(v + 64 * kD + (c + 1) * kFragment);
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        uint32_t plane[4][4];
-        expand_channels(load16(v.at + value_fragment<Form::kChannels>(kHalf, 4 * c + 2 * m)),
-                        load16(v.at + value_fragment<Form::kChannels>(kHalf, 4 * c + 2 * m + 1)), words.at[m], plane);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          multiply_dense<T>(state, p, 8 * c + 4 * m + j,
-                            make_uint4(plane[j][0], plane[j][1], plane[j][2], plane[j][3]));
-        }
+      for (int j = 0; j < 4; ++j) {
+        multiply_dense<T>(state, p, c, m, j, make_uint4(plane[j][0], plane[j][1], plane[j][2], plane[j][3]));
       }
     }
   } else {
+    uint4 next_words;
 #pragma unroll
-    for (int f = 0; f < kD / 8; ++f) {
-      multiply_dense<T>(state, p, f, load16(v.at + value_fragment<Form::kDense>(kHalf, f)));
+    for (int i = 0; i < Order::kCount; ++i) {
+      const uint4 a = take(i);
+      if constexpr (kForm == Form::kTokens) {
+        const int c = i / 8, half = i / 4 % 2, j = i % 4;
+        if (i % 8 == 4 && c + 1 < kD / 64) next_words = load_shared16(v + 64 * kD + (c + 1) * kFragment);
+        if (i % 8 == 0 && i > 0) words = next_words;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const uint32_t b[4] = {p[n][2 * half][0], p[n][2 * half][1], p[n][2 * half + 1][0], p[n][2 * half + 1][1]};
+          if (half == 0) {
+            mma_sp<T, 0>(state.o[4 * c + j][n], a, b, word_of(words, j));
+          } else {
+            mma_sp<T, 1>(state.o[4 * c + j][n], a, b, word_of(words, j));
+          }
+        }
+      } else {
+        multiply_dense<T>(state, p, i / 16, i / 4 % 4, i % 4, a);
+      }
     }
   }
 }

@@ -2,6 +2,6 @@
 
 namespace hierasparse::prefill_sm80 {
 
-template cudaError_t run<__half, 128, true>(const Arguments&, cudaStream_t);
+template cudaError_t run<__half, 128, true>(const PrefillParams&, int, cudaStream_t);
 
 }  // namespace hierasparse::prefill_sm80
