@@ -70,6 +70,15 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t at) {
   return v;
 }
 
+// ---- barriers
+// Named barriers, of `threads` threads: those that wait and those that only arrive.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- barriers in shared memory (mbarrier): a phase ends when `count` arrivals are there
 __device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");

@@ -2,51 +2,59 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "../common/device.h"
 #include "launch.h"
+#include "stream.cuh"
 
 namespace hierasparse {
 namespace decode {
 
 template <typename T, int kD, bool kTokens, int kTiles>
-cudaError_t run(const DecodeParams& p, int stages, cudaStream_t stream);
+cudaError_t run(const DecodeParams& p, cudaStream_t stream);
 
 namespace {
 
-int shared_per_sm() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+// Two where both have three stages in every instantiation.
+int ctas_per_sm() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) >= 200 << 10 ? 2 : 1; }
+
+}  // namespace
 
 // Deeper rings only make the queues at the memory longer, and with them every other load of the kernel (H200: 3 stages
-// 161 us, 5 stages 181 us for 8 x 32 768 tokens).  One CTA per SM needs four.
-int ring_stages() { return shared_per_sm() >= 160 << 10 ? 3 : 4; }
-int ctas_per_sm() { return shared_per_sm() >= 160 << 10 ? 2 : 1; }
+// 161 us, 5 stages 181 us for 8 x 32 768 tokens).  A CTA that has its SM alone takes four if there is room.
+int ring_stages(int fixed_bytes) {
+  if (ctas_per_sm() == 2) return 3;
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed_bytes;
+  return std::min(kMaxStages, room / (kWarps * kStageBytes));
+}
+
+namespace {
 
 template <typename T, int kD, bool kTokens>
-cudaError_t with_tiles(const DecodeParams& p, int stages, cudaStream_t stream) {
+cudaError_t with_tiles(const DecodeParams& p, cudaStream_t stream) {
   if constexpr (decode_columns(kD, 16, 1) > 8) {
-    if (decode_columns(kD, p.heads / p.cache.kv_heads, p.max_query_len) > 8)
-      return run<T, kD, kTokens, 2>(p, stages, stream);
+    if (decode_columns(kD, p.heads / p.cache.kv_heads, p.max_query_len) > 8) return run<T, kD, kTokens, 2>(p, stream);
   }
-  return run<T, kD, kTokens, 1>(p, stages, stream);
+  return run<T, kD, kTokens, 1>(p, stream);
 }
 
 template <typename T, int kD>
-cudaError_t with_axis(const DecodeParams& p, int stages, cudaStream_t stream) {
-  return p.cache.value_axis_token ? with_tiles<T, kD, true>(p, stages, stream)
-                                  : with_tiles<T, kD, false>(p, stages, stream);
+cudaError_t with_axis(const DecodeParams& p, cudaStream_t stream) {
+  return p.cache.value_axis_token ? with_tiles<T, kD, true>(p, stream) : with_tiles<T, kD, false>(p, stream);
 }
 
 template <typename T>
-cudaError_t with_dtype(const DecodeParams& p, int stages, cudaStream_t stream) {
+cudaError_t with_dtype(const DecodeParams& p, cudaStream_t stream) {
   switch (p.cache.layout.head_size) {
     case 64:
-      return with_axis<T, 64>(p, stages, stream);
+      return with_axis<T, 64>(p, stream);
     case 128:
-      return with_axis<T, 128>(p, stages, stream);
+      return with_axis<T, 128>(p, stream);
     case 256:
-      return with_axis<T, 256>(p, stages, stream);
+      return with_axis<T, 256>(p, stream);
     default:
       throw std::runtime_error("HieraSparse: decode has kernels for head sizes 64, 128 and 256, not for " +
                                std::to_string(p.cache.layout.head_size) + ".");
@@ -72,9 +80,8 @@ void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   }
   if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
   if (p.batch.requests == 0) return;
-  const int stages = decode::ring_stages();
-  const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? decode::with_dtype<__half>(p, stages, stream)
-                                                             : decode::with_dtype<__nv_bfloat16>(p, stages, stream);
+  const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? decode::with_dtype<__half>(p, stream)
+                                                             : decode::with_dtype<__nv_bfloat16>(p, stream);
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("HieraSparse: the decode kernel was not launched: ") +
                              cudaGetErrorString(error));

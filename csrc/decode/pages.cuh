@@ -38,8 +38,8 @@ __device__ __forceinline__ void add_mean(float (&s)[4][kTiles][4], uint32_t mean
 
 // S^T of a sub-block: 4 row tiles of 16 tokens.
 template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<kD>& stream, const DecodeParams& p,
-                                              int stages, bool sparse, uint32_t queries) {
+__device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Chunks& chunks, bool mean, bool sparse,
+                                              uint32_t queries) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
@@ -53,10 +53,10 @@ __device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<k
     constexpr int kRowTiles = 256 / kD, kSteps = kD / 32, kPairs = kD / 64;
 #pragma unroll
     for (int part = 0; part < kD / 64; ++part) {
-      const uint32_t at = stream.front(stages);
+      const uint32_t at = chunks.front();
       const uint4 words = load_shared16(at + kChunkValues + lane * 16);
       const uint32_t meta[4] = {words.x, words.y, words.z, words.w};
-      if (part == 0 && p.cache.layout.key_mean) add_mean<T, kD, kTiles>(s, at + kChunkValues + kChunkMeta, queries);
+      if (part == 0 && mean) add_mean<T, kD, kTiles>(s, at + kChunkValues + kChunkMeta, queries);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t b[kTiles][4];
@@ -79,13 +79,13 @@ __device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<k
           }
         }
       }
-      stream.pop(p, stages);
+      chunks.pop();
     }
   } else {
     constexpr int kSteps = kD / 16;  // of k16; a chunk has 8 fragments, row tile by row tile
 #pragma unroll
     for (int part = 0; part < kD / 32; ++part) {
-      const uint32_t at = stream.front(stages);
+      const uint32_t at = chunks.front();
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int m = (8 * part + i) / kSteps, step = (8 * part + i) % kSteps;
@@ -96,21 +96,20 @@ __device__ __forceinline__ void multiply_keys(float (&s)[4][kTiles][4], Stream<k
           mma<T>(s[m][n], a.x, a.y, a.z, a.w, step % 2 ? q.z : q.x, step % 2 ? q.w : q.y);
         }
       }
-      stream.pop(p, stages);
+      chunks.pop();
     }
   }
 }
 
 // O^T += V^T P^T of a sub-block.
 template <typename T, int kD, bool kTokens, int kTiles>
-__device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, Stream<kD>& stream,
-                                                const DecodeParams& params, int stages, bool sparse,
+__device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, Chunks& chunks, bool sparse,
                                                 const uint32_t (&p)[kTiles][4][2]) {
   const int lane = threadIdx.x % 32;
   if (sparse) {
 #pragma unroll
     for (int c = 0; c < kD / 64; ++c) {
-      const uint32_t at = stream.front(stages);
+      const uint32_t at = chunks.front();
       const uint4 words = load_shared16(at + kChunkValues + lane * 16);
       const uint32_t meta[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -137,12 +136,12 @@ __device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, Stream
           }
         }
       }
-      stream.pop(params, stages);
+      chunks.pop();
     }
   } else {
 #pragma unroll
     for (int part = 0; part < kD / 32; ++part) {
-      const uint32_t at = stream.front(stages);
+      const uint32_t at = chunks.front();
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int c = part / 2, step = 2 * (part % 2) + i / 4, j = i % 4;
@@ -151,7 +150,7 @@ __device__ __forceinline__ void multiply_values(State<kD, kTiles>& state, Stream
         for (int n = 0; n < kTiles; ++n)
           mma<T>(state.o[4 * c + j][n], a.x, a.y, a.z, a.w, p[n][step][0], p[n][step][1]);
       }
-      stream.pop(params, stages);
+      chunks.pop();
     }
   }
 }

@@ -5,14 +5,6 @@
 
 namespace hierasparse::decode {
 
-// What a CTA's columns are; in shared memory.
-struct Columns {
-  int row[16];       // of the batch; -1: no such column
-  int head[16];      // query head
-  int position[16];  // of the query; -1
-  int border[16];    // pages are read below it, the window from it on
-};
-
 // S^T += K q^T of 16 rows: `piece(step, row)` gives the 16 bytes of row g or g + 8 that lane 4 g + t has of 32
 // channels.
 template <typename T, int kD, int kTiles, typename Piece>
@@ -45,37 +37,40 @@ __device__ __forceinline__ void hide(float (&s)[1][kTiles][4], Limits limits) {
   }
 }
 
-// The warp's pieces of a lane's window.
+// The warp's pieces of a segment's window.
 template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, kTiles>& state, Stream<kD>& stream,
-                                              const Request& q, const Columns& columns, uint32_t queries, int stages) {
+__device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, kTiles>& state, Chunks& chunks,
+                                              const Plan& plan, uint32_t queries) {
   using R = Rows<kD>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int piece = stream.first_piece(); piece < stream.end_piece(); piece += kWarps) {
+  auto share = [&] { return Share(plan.segment, thread_index() / 32); };
+#pragma unroll 1
+  for (int piece = share().first_piece; piece < share().end_piece; piece += kWarps) {
     float s[1][kTiles][4] = {};
 #pragma unroll
     for (int part = 0; part < R::kParts; ++part) {
-      const uint32_t at = stream.front(stages);
+      const uint32_t at = chunks.front();
       multiply_rows<T, kD, kTiles>(s, part * (R::kChannels / 32), R::kChannels / 32, queries, [&](int step, int row) {
         return load_shared16(at + R::key_piece(g + row, 4 * step + t) * 16);
       });
-      stream.pop(p, stages);
+      chunks.pop();
     }
-    const int start = q.low + piece * kPiece;
-    hide<kTiles>(
-        s, [&](int column) { return make_int2(columns.border[column] - start, columns.position[column] - start); });
+    const int start = plan.segment.request.low + piece * kPiece;
+    hide<kTiles>(s, [&](int column) {
+      return make_int2(plan.columns.border[column] - start, plan.columns.position[column] - start);
+    });
     uint32_t probability[kTiles][1][2];
     softmax<T, 1>(p, state, s, probability);
 #pragma unroll
     for (int part = 0; part < R::kParts; ++part) {
-      const uint32_t at = stream.front(stages);
+      const uint32_t at = chunks.front();
 #pragma unroll
       for (int c = 0; c < R::kChannels / 64; ++c) {
         multiply_row_values<T, kD, kTiles>(state, part * (R::kChannels / 64) + c, probability, [&](int half, int row) {
           return load_shared8(at + R::value_piece(row, 8 * c + 4 * half + g / 2) * 16 + g % 2 * 8);
         });
       }
-      stream.pop(p, stages);
+      chunks.pop();
     }
   }
 }

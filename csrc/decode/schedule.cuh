@@ -11,18 +11,19 @@
 
 namespace hierasparse::decode {
 
-constexpr int kWarps = kSubs;  // warp w works on sub-block w of every page
-constexpr int kThreads = 32 * kWarps;
-constexpr int kPiece = 16;  // window tokens of an item
+constexpr int kWarps = kSubs;  // consumers; warp w works on sub-block w of every page
+constexpr int kPiece = 16;     // window tokens of an item
 
 // In units of 8 * head_size bytes.
 constexpr int kPieceCost = 12;  // 8 by its bytes; short rows and a softmax for every 16 tokens make it slower
 constexpr int kSparseCost = 9;  // one side of a sub-block
 constexpr int kDenseCost = 16;
 constexpr int kMostCost = 2 * kDenseCost;  // of any item
-// A CTA's least share: two items per warp; and more than one item, so that every CTA gets at least one.
+constexpr int kLaneCost = 24;              // of a lane's end, behind its items: warps meet, results are stored
+// A CTA's least share: two items per warp; and more than one item, so that no CTA between a lane's first and last one
+// is left without an item of it: a merge would wait for it.
 constexpr int kLeastShare = 64;
-static_assert(kLeastShare > kMostCost, "or a CTA could be left without an item, and a merge would wait for it");
+static_assert(kLeastShare > kMostCost);
 
 struct Request {
   int row, queries, first;  // first row of the batch, how many, and the position of the first
@@ -54,25 +55,30 @@ __device__ __forceinline__ Request read_request(const DecodeParams& p, int r, in
 }
 
 __device__ __forceinline__ int64_t lane_cost(const Request& q, int page) {
-  return int64_t{q.pages()} * page + int64_t{q.pieces} * kPieceCost;
+  return int64_t{q.pages()} * page + q.pieces * kPieceCost + kLaneCost;
 }
-// Where item i of a lane begins, and the item in which a place of the lane lies.
+// Where item i of a lane begins, and the first item that begins at a place of the lane or behind it.
 __device__ __forceinline__ int64_t item_start(const Request& q, int page, int i) {
   const int subs = kSubs * q.pages();
-  return i < subs ? int64_t{i} * page / kSubs : int64_t{q.pages()} * page + int64_t{i - subs} * kPieceCost;
+  return i < subs ? int64_t{i} * page / kSubs : int64_t{q.pages()} * page + (i - subs) * kPieceCost;
 }
-__device__ __forceinline__ int item_at(const Request& q, int page, int64_t place) {
+__device__ __forceinline__ int item_from(const Request& q, int page, int64_t place) {
   const int64_t pages = int64_t{q.pages()} * page;
-  if (place < pages) return static_cast<int>((kSubs * place + kSubs - 1) / page);
-  return kSubs * q.pages() + static_cast<int>((place - pages) / kPieceCost);
+  if (place <= pages) return static_cast<int>((kSubs * place + page - 1) / page);
+  const int item = kSubs * q.pages() + static_cast<int>(place - pages + kPieceCost - 1) / kPieceCost;
+  return item < q.items() ? item : q.items();
 }
 
+// The line's `ctas` shares: `share` each, and one more for the first `rest`.
 struct Line {
-  int64_t total;  // cost of everything
-  int ctas;       // that share it
-  __device__ int64_t cut(int c) const { return total * c / ctas; }
-  // The last CTA that begins before `place`.
-  __device__ int owner(int64_t place) const { return static_cast<int>((place * ctas + total - 1) / total) - 1; }
+  int64_t share;
+  int rest, ctas;
+  __device__ int64_t cut(int c) const { return c * share + (c < rest ? c : rest); }
+  // The last CTA that begins at `place` or before it.
+  __device__ int owner(int64_t place) const {
+    const int64_t wide = rest * (share + 1);
+    return static_cast<int>(place < wide ? place / (share + 1) : rest + (place - wide) / share);
+  }
 };
 
 struct Begin {
@@ -80,71 +86,70 @@ struct Begin {
   int64_t place;  // of the request's first lane
 };
 
-// The whole line, and the request in which this CTA begins.  All threads call it; 0 requests or an empty line gives
-// ctas = 0.
+// The whole line, and the request in which this CTA begins.  A warp calls it; an empty line has ctas = 0.
 __device__ inline Line make_line(const DecodeParams& p, int columns, int cta, Begin& begin) {
-  __shared__ int64_t sums[kWarps];
-  __shared__ Begin found;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int page = page_cost(p.cache.layout);
-  auto cost_of = [&](int r) -> int64_t {
-    if (r >= p.batch.requests) return 0;
-    const Request q = read_request(p, r, columns);
-    return q.lanes ? q.lanes * lane_cost(q, page) : 0;
-  };
-  // Inclusive sums over the next kThreads requests.
-  auto scan = [&](int64_t x, int64_t& all) {
-    for (int step = 1; step < 32; step *= 2) {
-      const int64_t y = __shfl_up_sync(~0u, x, step);
-      if (lane >= step) x += y;
+  constexpr int kAtOnce = 2;  // requests of a lane, whose loads are under way together
+  const int lane = threadIdx.x % 32, page = page_cost(p.cache.layout);
+  int64_t cost[kAtOnce], upto[kAtOnce];  // upto: of this request and of all before it
+  auto look = [&](int base, int64_t before) {
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int r = base + 32 * k + lane;
+      const Request q = r < p.batch.requests ? read_request(p, r, columns) : Request{};
+      cost[k] = q.lanes ? q.lanes * lane_cost(q, page) : 0;
     }
-    __syncthreads();
-    if (lane == 31) sums[warp] = x;
-    __syncthreads();
-    all = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) x += sums[w];
-      all += sums[w];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      int64_t x = cost[k];
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int64_t y = __shfl_up_sync(~0u, x, step);
+        if (lane >= step) x += y;
+      }
+      upto[k] = before + x;
+      before = __shfl_sync(~0u, upto[k], 31);
     }
-    return x;
+    return before;
   };
-  Line line{0, 0};
-  int64_t cost = 0, upto = 0, all = 0;
-  for (int base = 0; base < p.batch.requests; base += kThreads) {
-    cost = cost_of(base + threadIdx.x);
-    upto = scan(cost, all);
-    line.total += all;
-  }
-  if (line.total == 0) return line;
-  const int64_t most = line.total / kLeastShare;
+  int64_t total = 0;
+  for (int base = 0; base < p.batch.requests; base += 32 * kAtOnce) total = look(base, total);
+  const int64_t most = total / kLeastShare;
+  Line line{0, 0, 0};
+  if (total == 0) return line;
   line.ctas = most < 1 ? 1 : most < p.ctas ? static_cast<int>(most) : p.ctas;
+  line.share = total / line.ctas, line.rest = static_cast<int>(total - line.share * line.ctas);
   if (cta >= line.ctas) return line;
   const int64_t mine = line.cut(cta);
   int64_t before = 0;
-  for (int base = 0; base < p.batch.requests; base += kThreads) {
-    if (p.batch.requests > kThreads) {  // else the first loop's values are still here
-      cost = cost_of(base + threadIdx.x);
-      upto = scan(cost, all);
+  for (int base = 0; base < p.batch.requests; base += 32 * kAtOnce) {
+    if (p.batch.requests > 32 * kAtOnce) before = look(base, before);  // else its values are still here
+    int found = 0;                                                     // in this lane: 1 + request
+    int64_t place = 0;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (upto[k] - cost[k] <= mine && mine < upto[k]) found = 1 + base + 32 * k + lane, place = upto[k] - cost[k];
     }
-    if (cost > 0 && before + upto - cost <= mine && mine < before + upto) {
-      found = Begin{base + static_cast<int>(threadIdx.x), before + upto - cost};
-    }
-    before += all;
+    const int request = static_cast<int>(__reduce_max_sync(~0u, static_cast<uint32_t>(found))) - 1;
+    if (request < 0) continue;
+    begin = {request, __shfl_sync(~0u, place, request % 32)};
+    break;
   }
-  __syncthreads();
-  begin = found;
   return line;
 }
 
 // What a CTA does next: items first .. end - 1 of a lane.
 struct Segment {
   Request request;
-  int number;           // of the request
-  int kv_head, block;   // the lane; columns 8 * tiles * block and up
-  int first, end;       // 0, 0: nothing is left
-  int part;             // which of the CTA's two parts the result is, if others have the rest of the lane
-  bool whole;           // they have not
-  int64_t start, cost;  // of the lane
+  int number;          // of the request
+  int kv_head, block;  // the lane; columns 8 * tiles * block and up
+  int first, end;      // 0, 0: nothing is left
+  int part;            // which of the CTA's two parts the result is, if others have the rest of the lane
+  bool whole;          // they have not
+  int64_t start;       // of the lane
+
+  // Pages in it, whole or in part.
+  __device__ int first_page() const { return min(first, kSubs * request.pages()) / kSubs; }
+  __device__ int end_page() const { return (min(end, kSubs * request.pages()) + kSubs - 1) / kSubs; }
 };
 
 // CTAs owner .. owner + count - 1 have parts of a lane.
@@ -157,7 +162,7 @@ struct Sharers {
 class Walk {
  public:
   __device__ void begin(const DecodeParams& p, const Line& line, const Begin& begin, int cta, int columns) {
-    line_ = line, from_ = line.cut(cta), to_ = line.cut(cta + 1), columns_ = columns, part_ = 0;
+    line_ = line, from_ = line.cut(cta), to_ = line.cut(cta + 1), columns_ = columns;
     page_ = page_cost(p.cache.layout), number_ = begin.request, request_ = read_request(p, number_, columns);
     cost_ = lane_cost(request_, page_);
     lane_ = static_cast<int>((from_ - begin.place) / cost_);
@@ -167,21 +172,22 @@ class Walk {
   __device__ void next(const DecodeParams& p, Segment& s) {
     for (s.first = s.end = 0; s.first == s.end && start_ < to_; step(p)) {
       const int items = request_.items();
-      s.first = from_ > start_ ? item_at(request_, page_, from_ - start_) : 0;
-      s.end = to_ >= start_ + cost_ ? items : item_at(request_, page_, to_ - start_);
-      if (s.first == s.end) continue;  // the share begins within a lane's last item, or ends within its first
+      s.first = from_ > start_ ? item_from(request_, page_, from_ - start_) : 0;
+      s.end = to_ >= start_ + cost_ ? items : item_from(request_, page_, to_ - start_);
+      if (s.first == s.end) continue;  // the share begins behind the start of a lane's last item
       const int blocks = request_.lanes / p.cache.kv_heads;
       s.request = request_, s.number = number_, s.kv_head = lane_ / blocks, s.block = lane_ % blocks;
-      s.part = part_, part_ = 1, s.whole = s.first == 0 && s.end == items;
-      s.start = start_, s.cost = cost_;
+      s.part = from_ < start_, s.whole = s.first == 0 && s.end == items;
+      s.start = start_;
     }
     if (s.first == s.end) s.end = 0;
   }
 
   // Apart from `next`, since its divisions can wait until the stream runs.
   __device__ Sharers sharers(const Segment& s) const {
-    const int owner = line_.owner(s.start + item_start(s.request, page_, 1));
-    return {owner, line_.owner(s.start + s.cost) - owner + 1, line_.cut(owner) < s.start};
+    const int owner = line_.owner(s.start);
+    const int last = line_.owner(s.start + item_start(s.request, page_, s.request.items() - 1));
+    return {owner, last - owner + 1, line_.cut(owner) < s.start};
   }
 
  private:
@@ -197,7 +203,7 @@ class Walk {
   Line line_;
   Request request_;
   int64_t from_, to_, start_, cost_;  // the share; the lane
-  int number_, lane_, page_, columns_, part_;
+  int number_, lane_, page_, columns_;
 };
 
 }  // namespace hierasparse::decode

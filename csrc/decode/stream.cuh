@@ -1,11 +1,10 @@
-// A warp's way through a lane: sub-block `warp` of every page, then every fourth piece of the window, through one ring.
+// The way of a segment's bytes to the consumers: one warp copies for all four, through a ring for each.
 //
-// The ring is a register file that loads can run ahead into, from the pages on into the window; it belongs to the warp
-// and needs no barrier beyond it.  Values of pages lie in fragment order, so a lane copies just the 16 bytes that it
-// will itself read as operand A.
+// A ring is a register file that loads can run ahead into, from pages on into the window and on into the next segment.
+// Values of pages lie in fragment order, so a consumer's lanes read them as operand A without a conflict.
 #pragma once
 
-#include "schedule.cuh"
+#include "plan.cuh"
 #include "softmax.cuh"
 
 namespace hierasparse::decode {
@@ -15,6 +14,7 @@ constexpr int kChunkValues = 8 * kFragment;  // of K or V, with 512 bytes of met
 constexpr int kChunkMeta = kFragment;
 constexpr int kChunkMean = kFragment;  // room for the page's mean (2 * head_size bytes)
 constexpr int kStageBytes = kChunkValues + kChunkMeta + kChunkMean;
+constexpr int kMaxStages = 6;
 
 // Rows of the window come in chunks of 16 rows and at most 128 channels, 16 bytes at a time.  Their places are swizzled
 // so that the reads below hit different banks: of K by lanes 4 g + t rows g, pieces t; of V rows 2 t, 8 bytes at g.
@@ -27,173 +27,219 @@ struct Rows {
   __device__ static int value_piece(int row, int piece) { return row * kPieces + (piece ^ (row >> 1 & 3) << 1); }
 };
 
-// What the index word says of one sub-block.
+// What the index word says of one sub-block; told to the consumer with its first chunk.
 struct Kind {
   bool sparse_k, sparse_v, sinks;
+  __device__ static Kind read(const PageLayout& layout, uint32_t word, int sub) {
+    return {(layout.k_mask(word) >> sub & 1) != 0, (layout.v_mask(word) >> sub & 1) != 0, layout.has_sinks(word)};
+  }
+  __device__ uint32_t pack() const { return sparse_k | sparse_v << 1 | sinks << 2; }
+  __device__ static Kind unpack(uint32_t x) { return {(x & 1) != 0, (x & 2) != 0, (x & 4) != 0}; }
 };
 
-template <int kD>
-class Stream {
- public:
-  // The warp's share of a segment.
-  __device__ __forceinline__ void begin(const DecodeParams& p, const Segment& s, uint32_t ring, int stages) {
-    const Request& q = s.request;
-    const int warp = thread_index() / 32, subs = kSubs * q.pages(), first = s.first, end = s.end;
-    request_ = s.number, kv_head_ = s.kv_head;
-    first_page_ = page_ = (min(first, subs) + kSubs - 1 - warp) / kSubs;  // items with number `warp` modulo kSubs
-    end_page_ = (min(end, subs) + kSubs - 1 - warp) / kSubs;
-    first_block_ = q.low / p.batch.window_block;
-    first_piece_ = piece_ = max(0, first - subs) + warp;
-    end_piece_ = end - subs;
-    rows_ = q.first + q.queries - q.low;  // of the window, from the lane's border on
-    ring_ = ring, in_ = 0, out_ = 0, part_ = 0;
-    ids_ = load_ids(p, first_page_), next_ids_ = load_ids(p, first_page_ + 32);
-    blocks_ = load_blocks(p, piece_);
-    words_ = load_words(p, ids_, first_page_);
-    for (int i = 0; i < stages; ++i) issue(p, stages);
+// A consumer's part of a segment: sub-block `warp` of its pages, every fourth piece of its window.
+struct Share {
+  int first_page, end_page, first_piece, end_piece;
+  __device__ __forceinline__ Share(const Segment& s, int warp) {
+    const int subs = kSubs * s.request.pages();
+    first_page = (min(s.first, subs) + kSubs - 1 - warp) / kSubs;
+    end_page = (min(s.end, subs) + kSubs - 1 - warp) / kSubs;
+    first_piece = max(0, s.first - subs) + warp;
+    end_piece = s.end - subs;
   }
+};
 
-  __device__ __forceinline__ int first_page() const { return first_page_; }
-  __device__ __forceinline__ int end_page() const { return end_page_; }
-  __device__ __forceinline__ int first_piece() const { return first_piece_; }
-  __device__ __forceinline__ int end_piece() const { return end_piece_; }
+constexpr int kCopiers = 32 / kWarps;  // lanes that copy for a consumer
+constexpr int kStep = 16 * kCopiers;   // bytes that they copy at a time
 
-  __device__ __forceinline__ Kind kind(const PageLayout& layout, int page) const {
-    const int loaded = min(page_, end_page_ - 1) - first_page_, at = page - first_page_;
-    return read(layout, __shfl_sync(~0u, at / 32 != loaded / 32 ? old_words_ : words_, at % 32));
-  }
-  __device__ __forceinline__ const uint8_t* page(const DecodeParams& p, int number) const {
-    return region(p, __ldg(table(p) + number));
-  }
+// The consumers' rings: a barrier each for "has landed" and "was read", and a word of the stage's chunk.
+struct Rings {
+  uint64_t full[kWarps][kMaxStages], empty[kWarps][kMaxStages];
+  uint32_t kinds[kWarps][kMaxStages];
 
-  // Shared address of the next chunk, once it is there.
-  __device__ __forceinline__ uint32_t front(int stages) const {
-    if (stages == 3) {
-      wait_copies<2>();
-    } else {  // 4: what launch.cu chooses elsewhere
-      wait_copies<3>();
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kWarps * kMaxStages; ++i) {
+      mbarrier_init(shared_address(&full[0][i]), kCopiers + 1);  // their copies; and one that has stored the word
+      mbarrier_init(shared_address(&empty[0][i]), 1);
     }
-    __syncwarp();  // the mean and the window are read by other lanes than those that copied them
-    return ring_ + out_ * kStageBytes;
   }
-  // The chunk has been read: its place takes the next one.
-  __device__ __forceinline__ void pop(const DecodeParams& p, int stages) {
+};
+
+// A place in a ring of `stages`, and the parity of the round; one register.
+class Place {
+ public:
+  __device__ __forceinline__ int stage(int stages) const { return at_ < stages ? at_ : at_ - stages; }
+  __device__ __forceinline__ uint32_t parity(int stages) const { return at_ >= stages; }
+  __device__ __forceinline__ void next(int stages) { at_ = at_ + 1 == 2 * stages ? 0 : at_ + 1; }
+
+ private:
+  int at_ = 0;
+};
+
+// A consumer's end of its ring.
+class Chunks {
+ public:
+  __device__ __forceinline__ Chunks(Rings& rings, uint32_t ring, int stages)
+      : rings_(rings), ring_(ring), stages_(stages) {}
+
+  // Shared address of the next chunk, once it is there; found anew, since registers run short.
+  __device__ __forceinline__ uint32_t front() const {
+    mbarrier_wait(shared_address(&rings_.full[thread_index() / 32][at_.stage(stages_)]), at_.parity(stages_));
+    return ring_ + (thread_index() / 32 * stages_ + at_.stage(stages_)) * kStageBytes;
+  }
+  // Of the sub-block that begins with the next chunk.
+  __device__ __forceinline__ Kind kind() const {
+    front();
+    return Kind::unpack(rings_.kinds[thread_index() / 32][at_.stage(stages_)]);
+  }
+  // The chunk has been read: its place takes another one.
+  __device__ __forceinline__ void pop() {
     __syncwarp();
-    out_ = out_ + 1 == stages ? 0 : out_ + 1;
-    issue(p, stages);
+    if (thread_index() % 32 == 0)
+      mbarrier_arrive(shared_address(&rings_.empty[thread_index() / 32][at_.stage(stages_)]));
+    at_.next(stages_);
   }
 
  private:
-  // Addresses are made where they are needed: kept, they would take the registers that run short.
-  __device__ __forceinline__ const int32_t* table(const DecodeParams& p) const {
-    return p.batch.page_table + request_ * p.batch.page_table_stride;
-  }
-  // The head's region of a page.
-  __device__ __forceinline__ const uint8_t* region(const DecodeParams& p, int id) const {
-    return p.cache.pages + id * p.cache.page_stride + kv_head_ * p.head_bytes;
-  }
-
-  __device__ __forceinline__ int load_ids(const DecodeParams& p, int page) const {
-    const int mine = page + thread_index() % 32;
-    return mine < end_page_ ? __ldg(table(p) + mine) : 0;
-  }
-  // Index words are read where they can say something new: page 0 may have sinks.
-  __device__ __forceinline__ uint32_t load_words(const DecodeParams& p, int ids, int page) const {
-    const PageLayout& layout = p.cache.layout;
-    const bool mixed = layout.sparse_k % kSubs != 0 || layout.sparse_v % kSubs != 0;
-    const int mine = page + thread_index() % 32;
-    const bool needed = mine < end_page_ && (mixed || (mine == 0 && layout.sink_tokens > 0));
-    return needed ? __ldg(reinterpret_cast<const uint32_t*>(region(p, ids))) : 0;
-  }
-  // Ids of the window's blocks of the next 32 of this warp's pieces.
-  __device__ __forceinline__ int load_blocks(const DecodeParams& p, int piece) const {
-    const int mine = piece + kWarps * (thread_index() % 32);
-    const int block = first_block_ + mine * kPiece / p.batch.window_block;
-    return mine < end_piece_ ? __ldg(p.batch.window_table + (request_ * p.batch.window_table_stride + block)) : 0;
-  }
-  __device__ __forceinline__ static Kind read(const PageLayout& layout, uint32_t word) {
-    const int sub = threadIdx.x / 32;
-    return {(layout.k_mask(word) >> sub & 1) != 0, (layout.v_mask(word) >> sub & 1) != 0, layout.has_sinks(word)};
-  }
-
-  // Start the copy of the next chunk, if there is one; closes a group in any case, so that counts stay in step.
-  __device__ __forceinline__ void issue(const DecodeParams& p, int stages) {
-    const uint32_t to = ring_ + in_ * kStageBytes;
-    if (page_ < end_page_) {
-      copy_page_part(p, to);
-    } else if (piece_ < end_piece_) {
-      copy_rows(p, to);
-    }
-    in_ = in_ + 1 == stages ? 0 : in_ + 1;
-    commit_copies();
-  }
-
-  __device__ __forceinline__ void copy_page_part(const DecodeParams& p, uint32_t to) {
-    const PageLayout& layout = p.cache.layout;
-    const int lane = threadIdx.x % 32;
-    to += lane * 16;
-    if (part_ == 0) {
-      const int at = (page_ - first_page_) % 32, sub = threadIdx.x / 32;
-      const int id = __shfl_sync(~0u, ids_, at);
-      const uint32_t word = __shfl_sync(~0u, words_, at);
-      kind_ = read(layout, word);
-      const uint8_t* base = region(p, id) + lane * 16;
-      k_ = base + layout.k_sub(layout.k_mask(word), sub);
-      v_ = base + layout.v_sub(layout.v_mask(word), sub);
-      if (kind_.sparse_k && layout.key_mean && lane < kD / 8) {
-        copy16_async(to + kChunkValues + kChunkMeta, base + layout.mean_offset());
-      }
-    }
-    const int k_parts = kind_.sparse_k ? kD / 64 : kD / 32, v_parts = kind_.sparse_v ? kD / 64 : kD / 32;
-    const bool is_k = part_ < k_parts;
-    const int part = is_k ? part_ : part_ - k_parts;
-    const uint8_t* from = is_k ? k_ : v_;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) copy16_async(to + i * kFragment, from + part * kChunkValues + i * kFragment);
-    if (is_k ? kind_.sparse_k : kind_.sparse_v) {
-      copy16_async(to + kChunkValues, from + kD / 64 * kChunkValues + part * kChunkMeta);
-    }
-    if (++part_ < k_parts + v_parts) return;
-    part_ = 0;
-    // Ids and words come 32 pages at a time, the next ones loaded long before they are needed.
-    ++page_;
-    const int at = (page_ - first_page_) % 32;
-    if (page_ < end_page_ && at == 0) {
-      old_words_ = words_, words_ = next_words_, ids_ = next_ids_;
-      next_ids_ = load_ids(p, page_ + 32);
-    } else if (at == 16) {
-      next_words_ = load_words(p, next_ids_, page_ + 16);
-    }
-  }
-
-  __device__ __forceinline__ void copy_rows(const DecodeParams& p, uint32_t to) {
-    using R = Rows<kD>;
-    const int lane = threadIdx.x % 32, count = (piece_ - first_piece_) / kWarps % 32;
-    if (part_ == 0 && count == 0 && piece_ != first_piece_) blocks_ = load_blocks(p, piece_);
-    const int block = __shfl_sync(~0u, blocks_, count), start = piece_ * kPiece;
-    const uint8_t* from = p.cache.window + block * p.cache.window_stride +
-                          (kv_head_ * p.batch.window_block + start % p.batch.window_block) * (4 * kD) +
-                          part_ * (R::kChannels * 2);
-#pragma unroll
-    for (int i = 0; i < R::kPieces / 2; ++i) {
-      const int row = (32 * i + lane) / R::kPieces, piece = (32 * i + lane) % R::kPieces;
-      const int at = part_ < R::kParts ? R::key_piece(row, piece) : R::value_piece(row, piece);
-      // What lies behind the last token may be anything, NaN too.
-      copy16_async_or_zero(to + at * 16, from + row * (4 * kD) + piece * 16, start + row < rows_);
-    }
-    if (++part_ < 2 * R::kParts) return;
-    part_ = 0, piece_ += kWarps;
-  }
-
-  const uint8_t *k_, *v_;
-  int request_, kv_head_, first_block_;
-  int first_page_, page_, end_page_, first_piece_, piece_, end_piece_, rows_;
-  int part_;
+  Rings& rings_;
   uint32_t ring_;
-  int in_, out_;
-  int ids_, next_ids_, blocks_;
-  uint32_t words_ = 0, old_words_ = 0, next_words_ = 0;
-  Kind kind_;
+  int stages_;
+  Place at_;
+};
+
+// The warp that copies, a quarter of its lanes for each consumer; all go page by page together.
+template <int kD>
+class Producer {
+ public:
+  __device__ __forceinline__ Producer(const DecodeParams& p, Rings& rings, uint32_t ring, int stages)
+      : p_(p),
+        rings_(rings),
+        consumer_(lane() / kCopiers),
+        mine_(lane() % kCopiers * 16),
+        stages_(stages),
+        ring_(ring + consumer_ * stages * kStageBytes) {}
+
+  __device__ __forceinline__ void copy(const Plan& plan) {
+    const Segment& s = plan.segment;
+    const Share mine(s, consumer_);
+    int block = window_block(s, mine, 0);
+    copy_pages(plan, mine);
+    const int pieces = s.end - max(s.first, kSubs * s.request.pages());  // of all consumers
+#pragma unroll 1
+    for (int k = 0; kWarps * k < pieces; ++k) {
+      if (k % kCopiers == 0 && k > 0) block = window_block(s, mine, k);
+      const int id = __shfl_sync(~0u, block, lane() / kCopiers * kCopiers + k % kCopiers);
+      const int piece = mine.first_piece + kWarps * k;
+      if (piece < mine.end_piece) copy_piece(s, piece, id);
+      __syncwarp();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static int lane() { return thread_index() % 32; }
+
+  // ---- a chunk's place in the ring
+  __device__ __forceinline__ uint32_t begin() {
+    // Parity 1 of a new barrier is that of a phase that has ended: at first every stage is free.
+    mbarrier_wait(shared_address(&rings_.empty[consumer_][at_.stage(stages_)]), at_.parity(stages_) ^ 1);
+    return ring_ + at_.stage(stages_) * kStageBytes;
+  }
+  // Once all that was copied is there; what one lane has stored, too.
+  __device__ __forceinline__ void end() {
+    const uint32_t full = shared_address(&rings_.full[consumer_][at_.stage(stages_)]);
+    mbarrier_arrive_copies(full);
+    if (mine_ == 0) mbarrier_arrive(full);
+    at_.next(stages_);
+  }
+
+  // ---- pages
+  // Ids and index words come 32 pages at a time, one a lane, the next ones loaded long before they are needed.
+  __device__ __forceinline__ void copy_pages(const Plan& plan, const Share& mine) {
+    const Segment& s = plan.segment;
+    const int first = s.first_page(), end = s.end_page();
+    int ids = plan.ids[lane()], next_ids = load_ids(p_, s, first + 32);
+    uint32_t words = plan.words[lane()], next_words = 0;
+#pragma unroll 1
+    for (int page = first; page < end; ++page) {
+      const int at = (page - first) % 32;
+      if (at == 0 && page != first) words = next_words, ids = next_ids, next_ids = load_ids(p_, s, page + 32);
+      if (at == 16) next_words = load_words(p_, s, next_ids, page + 16);
+      const int id = __shfl_sync(~0u, ids, at);
+      const uint32_t word = __shfl_sync(~0u, words, at);
+      if (mine.first_page <= page && page < mine.end_page) copy_sub_block(region(p_, s, id), word);
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ void copy_sub_block(const uint8_t* base, uint32_t word) {
+    const PageLayout& layout = p_.cache.layout;
+    const Kind kind = Kind::read(layout, word, consumer_);
+    copy_side(base, layout.k_offset() + place(layout.k_mask(word), layout.sparse_k), kind.sparse_k,
+              kind.sparse_k && layout.key_mean ? layout.mean_offset() : 0, kind);
+    copy_side(base, layout.v_offset() + place(layout.v_mask(word), layout.sparse_v), kind.sparse_v, 0, kind);
+  }
+  // K's or V's chunks; `mean` is the mean's offset, or 0.
+  __device__ __forceinline__ void copy_side(const uint8_t* base, int offset, bool sparse, int mean, const Kind& kind) {
+    const uint8_t* values = base + offset + mine_;
+    const uint8_t* meta = values + kD / 64 * kChunkValues;
+    const int parts = sparse ? kD / 64 : kD / 32;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part, values += kChunkValues, meta += kChunkMeta) {
+      const uint32_t to = begin();
+      if (mine_ == 0) rings_.kinds[consumer_][at_.stage(stages_)] = kind.pack();
+      copy_steps<kChunkValues / kStep>(to, values);
+      if (sparse) copy_steps<kChunkMeta / kStep>(to + kChunkValues, meta);
+      if (mean > 0 && part == 0 && mine_ < 2 * kD) {
+        copy_steps<(2 * kD + kStep - 1) / kStep>(to + kChunkValues + kChunkMeta, base + mean + mine_);
+      }
+      end();
+    }
+  }
+  // As PageLayout::k_sub and v_sub have it, without a loop.
+  __device__ __forceinline__ int place(uint32_t mask, int sparse) const {
+    constexpr PageLayout kSizes{kD, 2, 0, 0, 0, false};
+    const int rank = __popc(mask & ((1u << consumer_) - 1));
+    return mask >> consumer_ & 1 ? rank * kSizes.sparse_bytes()
+                                 : sparse * kSizes.sparse_bytes() + (consumer_ - rank) * kSizes.dense_bytes();
+  }
+  template <int kSteps>
+  __device__ __forceinline__ void copy_steps(uint32_t to, const uint8_t* from) const {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) copy16_async(to + mine_ + i * kStep, from + i * kStep);
+  }
+
+  // ---- window
+  // Block ids of a consumer's pieces from its k-th on, one a lane.
+  __device__ __forceinline__ int window_block(const Segment& s, const Share& mine, int k) const {
+    const int piece = mine.first_piece + kWarps * (k + lane() % kCopiers);
+    const int block = (s.request.low + piece * kPiece) / p_.batch.window_block;
+    return piece < mine.end_piece ? __ldg(p_.batch.window_table + (s.number * p_.batch.window_table_stride + block))
+                                  : 0;
+  }
+  __device__ __forceinline__ void copy_piece(const Segment& s, int piece, int block) {
+    using R = Rows<kD>;
+    const Request& q = s.request;
+    const int start = piece * kPiece, rows = q.first + q.queries - q.low - start;  // what lies behind them may be NaN
+    const uint8_t* from = p_.cache.window + block * p_.cache.window_stride +
+                          (s.kv_head * p_.batch.window_block + start % p_.batch.window_block) * (4 * kD);
+#pragma unroll 1
+    for (int part = 0; part < 2 * R::kParts; ++part, from += R::kChannels * 2) {
+      const uint32_t to = begin();
+#pragma unroll 4
+      for (int i = 0; i < 16 * R::kPieces / kCopiers; ++i) {
+        const int at = kCopiers * i + lane() % kCopiers, row = at / R::kPieces, piece = at % R::kPieces;
+        const int there = part < R::kParts ? R::key_piece(row, piece) : R::value_piece(row, piece);
+        copy16_async_or_zero(to + there * 16, from + row * (4 * kD) + piece * 16, row < rows);
+      }
+      end();
+    }
+  }
+
+  const DecodeParams& p_;
+  Rings& rings_;
+  const int consumer_, mine_, stages_;
+  const uint32_t ring_;
+  Place at_;
 };
 
 }  // namespace hierasparse::decode

@@ -120,12 +120,13 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
 
 template <typename V>
 V exchange(V mine, unsigned from) {
-  static_assert(sizeof(V) == 4);
-  memcpy(&block.given[threadIdx.x], &mine, 4);
-  meet(warp(), kLanes);
   V other;
-  memcpy(&other, &block.given[threadIdx.x / kLanes * kLanes + from % kLanes], 4);
-  meet(warp(), kLanes);
+  for (size_t i = 0; i < sizeof(V) / 4; ++i) {
+    memcpy(&block.given[threadIdx.x], reinterpret_cast<const char*>(&mine) + 4 * i, 4);
+    meet(warp(), kLanes);
+    memcpy(reinterpret_cast<char*>(&other) + 4 * i, &block.given[threadIdx.x / kLanes * kLanes + from % kLanes], 4);
+    meet(warp(), kLanes);
+  }
   return other;
 }
 template <class Op>
@@ -162,14 +163,8 @@ template <typename V>
 V __shfl_xor_sync(unsigned, V mine, int mask) { return emulation::exchange(mine, threadIdx.x % 32 ^ mask); }
 template <typename V>
 V __shfl_up_sync(unsigned, V mine, int by) {
-  const int lane = threadIdx.x % 32, from = lane < by ? lane : lane - by;
-  if constexpr (sizeof(V) == 8) {
-    const uint64_t low = emulation::exchange(static_cast<uint32_t>(mine), from);
-    const uint64_t high = emulation::exchange(static_cast<uint32_t>(mine >> 32), from);
-    return static_cast<V>(high << 32 | low);
-  } else {
-    return emulation::exchange(mine, from);
-  }
+  const int lane = threadIdx.x % 32;
+  return emulation::exchange(mine, lane < by ? lane : lane - by);
 }
 inline uint32_t __reduce_add_sync(unsigned, uint32_t x) {
   return emulation::reduce(x, [](uint32_t a, uint32_t b) { return a + b; });

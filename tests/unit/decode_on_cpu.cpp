@@ -3,9 +3,6 @@
 #define HS_PTX_ON_CPU
 #include "cuda_on_cpu.h"
 
-#undef __shared__
-#define __shared__ static  // blocks run one after the other
-
 #include "arrays.h"
 
 template <typename V>
@@ -23,12 +20,14 @@ using namespace hierasparse;
 
 template <typename T, int kD>
 static void run(const DecodeParams& p, bool tokens, int tiles) {
+  constexpr int kStages = 3;
+  memset(decode::memory, 0xff, sizeof decode::memory);  // NaN
   emulation::launch(p.ctas, decode::kThreads, [&] {
     if constexpr (kD <= 128) {
       if (tiles == 2)
-        return tokens ? decode::decode_kernel<T, kD, true, 2>(p, 3) : decode::decode_kernel<T, kD, false, 2>(p, 3);
+        return tokens ? decode::decode_kernel<T, kD, true, 2>(p, kStages) : decode::decode_kernel<T, kD, false, 2>(p, kStages);
     }
-    tokens ? decode::decode_kernel<T, kD, true, 1>(p, 3) : decode::decode_kernel<T, kD, false, 1>(p, 3);
+    tokens ? decode::decode_kernel<T, kD, true, 1>(p, kStages) : decode::decode_kernel<T, kD, false, 1>(p, kStages);
   });
 }
 
@@ -57,7 +56,7 @@ int main(int, char** arguments) {
   std::vector<int32_t> counters(p.ctas);
   p.workspace = workspace.data(), p.counters = counters.data();
   p.head_bytes = p.cache.layout.head_bytes(), p.scale_log2 = p.scale * 1.44269504f;
-  shared_memory = decode::memory;
+  shared_memory = decode::memory, copies_have_barriers = true;
   const int tiles = decode_columns(d, p.heads / p.cache.kv_heads, p.max_query_len) / 8;
   const bool tokens = p.cache.value_axis_token;
   switch (d) {

@@ -3,9 +3,6 @@
 // and for each request its tokens and queries.
 #include "cuda_on_cpu.h"
 
-#undef __shared__
-#define __shared__ static  // blocks run one after the other
-
 #include <cstdio>
 #include <iostream>
 
@@ -28,7 +25,7 @@ int main() {
   p.batch.seq_lens = lengths.data(), p.batch.query_start = starts.data(), p.batch.requests = requests;
   p.cache.layout = PageLayout{128, 2, sparse_k, sparse_v, 1, true};
   static Walk walk;
-  emulation::launch(p.ctas, kThreads, [&] {
+  emulation::launch(p.ctas, 32, [&] {
     const int cta = blockIdx.x;
     Begin begin;
     const Line line = make_line(p, columns, cta, begin);

@@ -14,26 +14,6 @@ void more_registers() {}
 template <int>
 void fewer_registers() {}
 
-// ---- named barriers
-struct NamedBarriers {
-  emulation::Barrier of[16];
-  unsigned block = ~0u;
-};
-inline emulation::Barrier& named(int id) {
-  static NamedBarriers all;
-  if (all.block != blockIdx.x) {
-    for (const auto& barrier : all.of) require(barrier.arrived == 0, "the last block left arrivals at a barrier");
-    all = NamedBarriers{};
-    all.block = blockIdx.x;
-  }
-  return all.of[id];
-}
-inline void barrier_sync(int id, int threads) { emulation::meet(named(id), threads); }
-inline void barrier_arrive(int id, int threads) {
-  emulation::Barrier& barrier = named(id);
-  if (++barrier.arrived == static_cast<unsigned>(threads)) barrier.arrived = 0, ++barrier.rounds;
-}
-
 // ---- barriers in shared memory, and copies
 inline void mbarrier_init_done() {}
 inline void mbarrier_arrive_expect(uint32_t at, uint32_t bytes) {

@@ -27,6 +27,26 @@ inline void require(bool good, const char* what) {
 }
 inline bool late() { return blockIdx.x / 2 % 2 == 1; }
 
+// ---- named barriers
+struct NamedBarriers {
+  emulation::Barrier of[16];
+  unsigned block = ~0u;
+};
+inline emulation::Barrier& named(int id) {
+  static NamedBarriers all;
+  if (all.block != blockIdx.x) {
+    for (const auto& barrier : all.of) require(barrier.arrived == 0, "the last block left arrivals at a barrier");
+    all = NamedBarriers{};
+    all.block = blockIdx.x;
+  }
+  return all.of[id];
+}
+inline void barrier_sync(int id, int threads) { emulation::meet(named(id), threads); }
+inline void barrier_arrive(int id, int threads) {
+  emulation::Barrier& barrier = named(id);
+  if (++barrier.arrived == static_cast<unsigned>(threads)) barrier.arrived = 0, ++barrier.rounds;
+}
+
 // ---- copies, and barriers in shared memory
 // A copy lands at once, but for those that a barrier waits for: in some blocks they land when somebody waits for them.
 struct Landing {
