@@ -23,7 +23,7 @@ from hierasparse_vllm.quality import report as reports
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "quality-smollm2.json"
 NAMES = {
-    "quality": "preset `quality`", "balanced": "preset `balanced` (default)", "max": "preset `max`",
+    "quality": "preset `quality`", "balanced": "preset `balanced`", "max": "preset `max` (default)",
     "max-no-tables": "`max` without tables", "k-only": "K at S = 1, V dense", "half": "S = 0.5 in both, one split",
     "fp8": "vLLM's fp8 cache (scales 1)", "paper": "the paper's rule", "mustafar50": "Mustafar 50 % (simulated)",
     "mustafar70": "Mustafar 70 % (simulated)",

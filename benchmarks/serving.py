@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""vLLM with our cache beside stock vLLM (bf16 and fp8 KV cache): decode steps, prefill, and requests that fit.
+"""vLLM with our cache (default options; preset balanced) beside stock vLLM (bf16 and fp8 KV cache): decode steps,
+prefill, and requests that fit.
 
     python benchmarks/serving.py --list
     python benchmarks/serving.py --model .gpu-model/llama-3.1-8b --out benchmarks/results/h200.json --keep measured.json
-    python benchmarks/serving.py --model DIR --arms ours --only 'serve-decode-*' --keep measured.json
+    python benchmarks/serving.py --model DIR --arms ours balanced --only 'serve-decode-*' --keep measured.json
 
 Dummy weights unless --load-format says otherwise: the shapes decide, and attention's time does not depend on values.
 Each arm is a process of its own with vLLM's default CUDA graphs and scheduling.  A decode step is the time between
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import random
@@ -24,15 +26,20 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hierasparse_vllm import results
+from hierasparse_vllm.bench.cases import SHOWN
+from hierasparse_vllm.options import SECTION, Options
 
-OURS, STOCK, FP8 = "ours", "stock", "fp8"
-ARMS = (STOCK, FP8, OURS)
+OURS, BALANCED, STOCK, FP8 = "ours", "balanced", "stock", "fp8"
+ARMS = (STOCK, FP8, OURS, BALANCED)
 SPEED, RESIDENT = "speed", "resident"
+WAYS = {OURS: ("", {}), BALANCED: ("-balanced", {"preset": "balanced"})}
+"""Suffix of the ids and options of each way to run our cache: the default ones, and preset balanced."""
 RIVALS = {STOCK: ("", "vLLM, bf16 KV cache"), FP8: ("-vs-fp8", "vLLM, fp8 KV cache")}
 """Suffix of the ids and name of each rival."""
 CASES = {
@@ -96,12 +103,8 @@ def engine_arguments(args: argparse.Namespace, cases: list[Case]) -> dict[str, A
         kw["gpu_memory_utilization"] = 0.9
     if args.child == FP8:
         kw["kv_cache_dtype"] = "fp8"
-    if args.child == OURS:
-        kw |= {
-            "attention_backend": "CUSTOM",
-            "block_size": 256,
-            "additional_config": {"hierasparse": options(args, args.part)},
-        }
+    if args.child in WAYS:
+        kw |= {"attention_backend": "CUSTOM", "block_size": 256, "additional_config": {SECTION: options(args)}}
     return kw | json.loads(args.extra)
 
 
@@ -110,9 +113,9 @@ def layers(model: str) -> int:
     return json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
 
 
-def options(args: argparse.Namespace, part: str) -> dict[str, Any]:
-    """Our options for a part."""
-    return json.loads(args.resident_options if part == RESIDENT else args.options)
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Our options in this process."""
+    return WAYS[args.child][1] | json.loads(args.options)
 
 
 def child(args: argparse.Namespace) -> None:
@@ -128,9 +131,10 @@ def child(args: argparse.Namespace) -> None:
     engine = Engine(llm.llm_engine)
     about = {"arm": args.child, "chunk": args.chunk, "graphs": engine.graphs(), "blocks": engine.blocks()}
     good = True
-    if args.child == OURS:
+    if args.child in WAYS:
         ops = engine.ops()
-        about |= {"ops": sorted(ops), "options": options(args, args.part)}
+        all_of_them = asdict(Options.from_additional_config({SECTION: options(args)}))
+        about |= {"ops": sorted(ops), "options": {name: all_of_them[name] for name in SHOWN}}
         good = bool(ops) and "reference" not in ops
 
     def tell(id: str, value: float, fine: bool, **more: Any) -> None:
@@ -286,21 +290,22 @@ def run_arm(args: argparse.Namespace, arm: str, part: str, cases: list[Case], ta
 def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Result rows of every case that both we and a rival have measured."""
     out = []
-    for id, ours in measured.get(OURS, {}).items():
+    ids = dict.fromkeys(id for way in WAYS for id in measured.get(way, {}))
+    for id in ids:
         case = Case.parse(id)
         unit, less = UNITS[case.kind]
-        for arm, (suffix, name) in RIVALS.items():
-            rival = measured.get(arm, {}).get(id)
-            if rival is None:
+        for (way, (preset, _)), (arm, (suffix, name)) in itertools.product(WAYS.items(), RIVALS.items()):
+            ours, rival = (measured.get(x, {}).get(id) for x in (way, arm))
+            if ours is None or rival is None:
                 continue
             about = {"model": Path(args.model).name, "load_format": args.load_format, "tokens": case.tokens}
             about |= {"requests": case.requests} if case.requests else {}
             about |= {"ours": ours["about"], "rival": rival["about"]}
-            about |= {"failed": [name for name, x in ((OURS, ours), (arm, rival)) if not x["good"]]}
+            about |= {"failed": [name for name, x in ((way, ours), (arm, rival)) if not x["good"]]}
             out.append(
                 results.row(
-                    id + suffix, "serving", about, ours["value"], rival["value"], name, unit, less_is_better=less,
-                    gate=ours["good"] and rival["good"],
+                    id + preset + suffix, "serving", about, ours["value"], rival["value"], name, unit,
+                    less_is_better=less, gate=ours["good"] and rival["good"],
                 )
             )  # fmt: skip
     return out
@@ -330,8 +335,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--load-format", default="dummy")
     add("--arms", nargs="+", choices=ARMS, default=ARMS)
     add("--only", nargs="+", metavar="GLOB", default=["*"], help="cases whose id matches, or other ids of their form")
-    add("--options", metavar="JSON", default="{}", help="section hierasparse of --additional-config; default: defaults")
-    add("--resident-options", metavar="JSON", default='{"preset": "max"}', help="the same for serve-resident-*")
+    add("--options", metavar="JSON", default="{}", help="further options of ours, in section hierasparse")
     add("--resident-gib", type=float, default=108, metavar="GIB", help="KV cache of the whole model, for all layers")
     add("--resident-layers", type=int, default=2, metavar="N", help="layers that are run, with their share of it")
     add("--chunk", type=int, default=8192, metavar="N", help="max_num_batched_tokens")

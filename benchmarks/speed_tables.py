@@ -22,9 +22,17 @@ from hierasparse_vllm.bench.cases import CASES
 ROWS = ROOT / "benchmarks" / "results" / "h200.json"
 SERVED = {
     "serve-decode-8x32768": "decode, 8 requests × 32 768 tokens",
+    "serve-decode-4x120000": "decode, 4 × 120 000",
     "serve-decode-32x8192": "decode, 32 × 8 192",
+    "serve-decode-1x120000": "decode, 1 × 120 000",
     "serve-decode-32x512": "decode, 32 × 512",
+    "serve-prefill-4x120000": "prefill, 4 × 120 000",
+    "serve-prefill-8x8192": "prefill, 8 × 8 192",
+    "serve-resident-32768": "requests of 32 768 tokens that fit",
+    "serve-resident-120000": "requests of 120 000 tokens that fit",
 }
+WAYS = {"": "`max` (default)", "-balanced": "`balanced`"}
+"""Suffixes of the ids in SERVED, and what they mean."""
 
 
 def times(ratio: float) -> str:
@@ -43,13 +51,19 @@ def of(rows: Rows, ids) -> list[dict[str, Any]]:
 
 
 def serving(rows: Rows) -> list[str]:
-    """Engine steps beside stock vLLM."""
-    found = of(rows, SERVED)
-    body = [
-        [SERVED[r["id"]], f"{r['ours']:.2f} ms", f"{r['rival']:.2f} ms", times(r["ratio"]), f"`{r['id']}`"]
-        for r in found
-    ]
-    head = ["vLLM engine step, Llama-3.1-8B shapes, default preset", "ours", "stock, bf16 cache", "faster", "row"]
+    """Engine steps, and requests that fit, beside stock vLLM."""
+    body, found = [], []
+    for id, what in SERVED.items():
+        for way, preset in WAYS.items():
+            for r in of(rows, (id + way, id + way + "-vs-fp8")):
+                found.append(r)
+                unit = r["unit"].removesuffix("/step")
+                ours, rival = (
+                    f"{spaced(round(x)) if x >= 1000 else f'{x:.4g}'} {unit}" for x in (r["ours"], r["rival"])
+                )
+                cache = r["rival_name"].removeprefix("vLLM, ").removesuffix(" KV cache")
+                body.append([what, preset, ours, f"{rival}, {cache}", times(r["ratio"]), f"`{r['id']}`"])
+    head = ["vLLM engine, Llama-3.1-8B shapes", "preset", "ours", "stock vLLM", "better", "row"]
     return [*markdown(head, body), "", place(found)]
 
 

@@ -92,9 +92,9 @@ _SCHEMA: dict[str, dict[str, Any]] = {
 class Options:
     """How the cache is compressed; see ``docs/configuration.md`` (and `json_schema`) for the allowed values."""
 
-    preset: str = "balanced"
-    key_sparsity: float = PRESETS["balanced"]["key_sparsity"]
-    value_sparsity: float = PRESETS["balanced"]["value_sparsity"]
+    preset: str = "max"
+    key_sparsity: float = PRESETS["max"]["key_sparsity"]
+    value_sparsity: float = PRESETS["max"]["value_sparsity"]
     local_window: int = 256
     sink_tokens: int = 1
     policy: str = "auto"

@@ -144,7 +144,7 @@ def test_a_measured_case_is_a_row_and_the_fastest_rival_counts(measured):
     assert tuple(row) == results.FIELDS
     assert (row["gate"], row["unit"], row["ours"], row["rival"], row["ratio"]) == ("green", "us", 20, 30, 1.5)
     about = json.loads(json.dumps(row))["case"]
-    assert about["rival_variant"] == "b" and about["tokens"] == 800 and about["options"]["preset"] == "balanced"
+    assert about["rival_variant"] == "b" and about["tokens"] == 800 and about["options"]["preset"] == "max"
     assert about["of_copy"] == pytest.approx(about["bytes"] / 20e-6 / 4e12, rel=1e-3)
     line = kernels.line(row, replace(tiny(), target=1.6))
     assert "1.50" in line and line.endswith("1.60 MISSED")
@@ -276,8 +276,11 @@ def test_serving_rows_come_with_each_rival_that_was_measured():
         "ours": {"serve-decode-8x32768": one(10.0), "serve-resident-32768": one(40), "serve-prefill-8x8192": one(9.0)},
         "stock": {"serve-decode-8x32768": one(13.0), "serve-resident-32768": one(25, good=False)},
         "fp8": {"serve-decode-8x32768": one(9.0)},
+        "balanced": {"serve-decode-8x32768": one(6.5)},
     }
     rows = {row["id"]: row for row in serving_rows(measured)}
+    assert rows.pop("serve-decode-8x32768-balanced")["ratio"] == 2
+    assert rows.pop("serve-decode-8x32768-balanced-vs-fp8")["ours"] == 6.5
     assert list(rows) == ["serve-decode-8x32768", "serve-decode-8x32768-vs-fp8", "serve-resident-32768"]
     assert all(tuple(row) == results.FIELDS for row in rows.values())
     assert [row["ratio"] for row in rows.values()] == [1.3, 0.9, 1.6]

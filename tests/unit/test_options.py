@@ -11,9 +11,9 @@ import pytest
 from hierasparse_vllm.options import PRESETS, Options, json_schema
 
 DEFAULTS = {
-    "preset": "balanced",
+    "preset": "max",
     "key_sparsity": 1.0,
-    "value_sparsity": 0.5,
+    "value_sparsity": 1.0,
     "local_window": 256,
     "sink_tokens": 1,
     "policy": "auto",

@@ -44,7 +44,7 @@ def test_a_table_of_losses(rows):
     lines = quality_tables.losses(rows, ("max", "fp8", "paper"))
     assert lines[2:5] == [
         "| dense | 100 % |  |  |  | 18 of 24 |",
-        "| preset `max` | 57.0 % | −0.0023 ± 0.0009 | 0.0100 | 95.0 % | 17 of 24 |",
+        "| preset `max` (default) | 57.0 % | −0.0023 ± 0.0009 | 0.0100 | 95.0 % | 17 of 24 |",
         "| vLLM's fp8 cache (scales 1) | 57.0 % | +0.0260 | 0.0100 | 95.0 % | 9 of 24 |",
     ]
     assert lines[-1].endswith("pass keys in 6 000 tokens. GPU, vLLM 1, bfloat16, 2026-01-01, cuda ops.")
@@ -58,9 +58,9 @@ def test_an_arm_of_another_run_is_named(rows):
 def test_a_table_of_tasks_has_those_that_all_arms_were_asked(rows):
     lines = quality_tables.tasks(rows, ("max", "fp8"))
     assert lines[0] == "|  | pass keys |" and lines[2:5] == [
-        "| dense | 18 of 24 |", "| preset `max` | 17 of 24 |", "| vLLM's fp8 cache (scales 1) | 9 of 24 |"
+        "| dense | 18 of 24 |", "| preset `max` (default) | 17 of 24 |", "| vLLM's fp8 cache (scales 1) | 9 of 24 |"
     ]  # fmt: skip
-    assert quality_tables.tasks(rows, ("max",))[3] == "| preset `max` | 17 of 24 | 50 % |"
+    assert quality_tables.tasks(rows, ("max",))[3] == "| preset `max` (default) | 17 of 24 | 50 % |"
 
 
 def test_rows_whose_check_failed_and_missing_marks_are_refused(rows, tmp_path):
