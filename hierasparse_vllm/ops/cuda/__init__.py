@@ -8,6 +8,7 @@ import torch
 
 from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import levels, library, prefill  # noqa: F401  (defines the operators)
 from hierasparse_vllm.ops.cuda.buffers import buffers
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan
@@ -85,37 +86,16 @@ class CudaOps:
             need = max(need, part + min((MOST_SPLITS - 1) * part, self._prefill_mib << 20))
         torch.empty(need, dtype=torch.uint8, device=out.device)
 
-    def update(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-    ) -> None:
-        self._prepare(window.device, layout, window.shape[1], window.dtype)
-        tables = self._tables_of(policy)
+    def update(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
+        tables, policy = self._tables_of(cache), cache.policy
         torch.ops.hierasparse.store_compress(
-            key, value, batch.slots, int(batch.query_start[-1]), window, pages, self.count,
-            *_step(batch), tables.k_order, _layout(layout), tables.k_weight, policy.key.rescale, policy.value.rescale,
-            self._buffers.sms,
+            key, value, batch.slots, int(batch.query_start[-1]), cache.window, cache.pages, self.count,
+            *_step(batch), tables.k_order, _layout(cache.layout), tables.k_weight,
+            policy.key.rescale, policy.value.rescale, self._buffers.sms,
         )  # fmt: skip
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        self._prepare(window.device, layout, window.shape[1], window.dtype)
-        k_order = self._tables_of(policy).k_order
+    def attend(self, query: torch.Tensor, batch: Batch, cache: LayerCache, scale: float, out: torch.Tensor) -> None:
+        window, pages, layout, k_order = cache.window, cache.pages, cache.layout, self._tables_of(cache).k_order
         how = self._how(query)
         if ("plan", how) not in batch.derived:  # what follows from lengths on the host, once per step
             lengths = batch.query_start.diff()
@@ -153,9 +133,12 @@ class CudaOps:
         part = heads * (d * query.itemsize + 4)
         return Grid(columns * kv_heads // heads, kv_heads, self._buffers.sms, part, self._prefill_mib << 20)
 
-    def _tables_of(self, policy: LayerPolicy) -> _Tables:
-        if self._tables is None or self._tables.policy is not policy:
-            self._tables = _Tables.of(policy)
+    def _tables_of(self, cache: LayerCache) -> _Tables:
+        """The layer's tables, made once (captured graphs hold their addresses), as is what its kernels need besides."""
+        window = cache.window
+        self._prepare(window.device, cache.layout, window.shape[1], window.dtype)
+        if self._tables is None or self._tables.policy is not cache.policy:
+            self._tables = _Tables.of(cache.policy)
         return self._tables
 
 
