@@ -245,6 +245,7 @@ def test_operators_have_fakes():
         x, lse = torch.empty(4, 2, 64), torch.empty(2, 4)
         assert torch.ops.hierasparse.merge(x, lse, x, lse, None) is None
         parts, ids = torch.empty(2, 4, 2, 64), torch.empty(1, 5, dtype=torch.int32)
-        arguments = (ids, x, parts, parts[..., 0], x, x, x, x, x, x, [128, 256, 0], x, [64, 4, 4, 1, 1, 0], 0.1)
-        assert torch.ops.hierasparse.prefill("mma_sp", *arguments) is None
-        assert torch.ops.hierasparse.expand(x, x, x, x, x, x, [64, 4, 4, 1, 1, 0]) is None
+        batch, cache = (x, x, x, x, [128, 256, 0]), (x, x, [64, 4, 4, 1, 1, 0], x)
+        own = ("mma_sp", ids, x, parts, parts[..., 0], 0.1)
+        assert torch.ops.hierasparse.prefill(*batch, *cache, *own) is None
+        assert torch.ops.hierasparse.expand(*cache, x, x, x) is None
