@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../common/device.h"
+#include "../common/log2.h"
 #include "launch.h"
 #include "stream.cuh"
 
@@ -69,7 +70,7 @@ int decode_ctas() { return device_attribute(cudaDevAttrMultiProcessorCount) * de
 void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   DecodeParams p = params;
   p.head_bytes = p.cache.layout.head_bytes();
-  p.scale_log2 = p.scale * 1.44269504088896341f;
+  p.scale_log2 = p.scale * kLog2E;
   if (p.heads % p.cache.kv_heads != 0) {
     throw std::runtime_error("HieraSparse: " + std::to_string(p.heads) + " query heads are not a multiple of " +
                              std::to_string(p.cache.kv_heads) + " KV heads.");

@@ -20,7 +20,7 @@ struct DecodeParams {
   int ctas;                // of decode_ctas()
   // Set by launch_decode: worked out in the kernel, they would take registers.
   int head_bytes;    // of cache.layout
-  float scale_log2;  // scale * log2(e)
+  float scale_log2;  // scale * kLog2E
 };
 
 constexpr int kMaxQueryLen = 16;

@@ -16,6 +16,7 @@ from hierasparse_vllm.backend.metadata import PageMetadata
 from hierasparse_vllm.backend.report import Report
 from hierasparse_vllm.cache.window import SUFFIX, WindowCache
 from hierasparse_vllm.calibration import layer_layout, layer_policy, layer_tables
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.options import Options
 
 
@@ -67,6 +68,8 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.settings = replace(self.settings, ops=chosen)
         settings.set_current(self.settings)
         self.window: WindowCache | None = None
+        self._cache: LayerCache | None = None
+        self._kv_cache: torch.Tensor | None = None  # whose view `_cache` has
         self.report: Report | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -100,6 +103,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         )
 
     def _on_bind(self, window: torch.Tensor) -> None:
+        self._cache = self._kv_cache = None  # their memory is vLLM's to free
         if not window.numel():  # vLLM takes the cache away when it shuts down
             return
         self.policy = self.policy.to(window.device)
@@ -119,6 +123,14 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
                 self.settings.rule,
                 self.has_budget,
             )
+
+    def _layer_cache(self, kv_cache: torch.Tensor) -> LayerCache:
+        """The layer's caches, put together in its first step with them: vLLM binds the two in any order."""
+        if self._kv_cache is not kv_cache:
+            pages = compat.page_bytes_view(kv_cache)
+            self._cache = LayerCache(self.window.kv_cache, pages, self.layout, self.policy)
+            self._kv_cache = kv_cache
+        return self._cache
 
     def forward(
         self,
@@ -148,14 +160,13 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         if attn_metadata is None:
             self.ops.reserve(output)
             return output.zero_()
-        window = self.window.kv_cache
-        pages = compat.page_bytes_view(kv_cache)
+        cache = self._layer_cache(kv_cache)
         batch = attn_metadata.batch(get_forward_context().attn_metadata[self.window.prefix])
         # Every full page, of every request, before any request reads: its hash is already public, and another request
         # of this very step may hit it.
-        compressed = self.ops.update(key, value, batch, window, pages, self.layout, self.policy)
+        compressed = self.ops.update(key, value, batch, cache)
         if self.report is not None and compressed is not None:
             self.report.compressed(compressed)
         out = output.view(-1, self.num_heads, self.head_size)
-        self.ops.attend(query, batch, window, pages, self.layout, self.policy, self.scale, out)
+        self.ops.attend(query, batch, cache, self.scale, out)
         return output

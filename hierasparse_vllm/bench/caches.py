@@ -15,8 +15,9 @@ import torch
 from hierasparse_vllm.bench.cases import Case
 from hierasparse_vllm.ops import Ops
 from hierasparse_vllm.ops.batch import Batch
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.reference import codec
-from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
+from hierasparse_vllm.page import PAGE_TOKENS
 
 NAN = 255
 """A byte that makes NaNs of every float dtype."""
@@ -84,7 +85,7 @@ class Caches:
         used = requests * (self.pages_each + self.blocks_each)
         free = 2 + used // 20
         self.pool = poisoned(1 + used + free, case, device)
-        self.pages, self.window = views(self.pool, case)
+        self.cache = self._cache_in(self.pool)
         ids = 1 + torch.randperm(used + free, generator=self.generator, device=device, dtype=torch.int32)
         self.stale = int(ids[used])  # a block of NaNs for freed window blocks
         page_ids = ids[: requests * self.pages_each].view(sets, case.batch, -1)
@@ -97,13 +98,12 @@ class Caches:
 
     def update(self, step: Step, ops: Ops | None = None, pool: torch.Tensor | None = None) -> None:
         """Store and compress, with other ops or in a copy of the pool if given."""
-        pages, window = (self.pages, self.window) if pool is None else views(pool, self.case)
-        (ops or self.ops).update(step.key, step.value, step.batch, window, pages, self.case.layout, self.policy)
+        cache = self.cache if pool is None else self._cache_in(pool)
+        (ops or self.ops).update(step.key, step.value, step.batch, cache)
 
     def attend(self, step: Step) -> None:
         """Attention of the step's queries into ``step.out``."""
-        case = self.case
-        self.ops.attend(step.query, step.batch, self.window, self.pages, case.layout, self.policy, case.scale, step.out)
+        self.ops.attend(step.query, step.batch, self.cache, self.case.scale, step.out)
 
     def seen(self, step: Step, request: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [H, tokens, D] as query number ``query`` of a request reads them."""
@@ -119,6 +119,15 @@ class Caches:
         return sides[0], sides[1]
 
     # ---- building ---------------------------------------------------------------------------------------------------
+    def _cache_in(self, pool: torch.Tensor) -> LayerCache:
+        """A pool's bytes as pages [blocks, H, head_bytes] and as window blocks [blocks, H, window_block, 2 D]."""
+        case, layout = self.case, self.case.layout
+        tokens, width = self.window_block, 2 * layout.head_size
+        pages = pool.view(len(pool), case.kv_heads, layout.head_bytes)
+        strides = (pool.shape[1] // case.dtype.itemsize, tokens * width, width, 1)
+        window = pool.view(case.dtype).as_strided((len(pool), case.kv_heads, tokens, width), strides)
+        return LayerCache(window, pages, layout, self.policy)
+
     def _make_pattern(self, requests: int, pages: int) -> None:
         """Compress whole requests from nothing; their first pages are those with the sink rows."""
         case = replace(
@@ -127,7 +136,7 @@ class Caches:
         source = Caches(case, self.ops, self.device, seed=1)
         (step,) = source.steps
         source.update(step)
-        self.pattern = source.pages[step.batch.page_table.long().flatten()]
+        self.pattern = source.cache.pages[step.batch.page_table.long().flatten()]
         self.unpacked = codec.unpack(self.pattern, case.layout, self.policy, case.dtype)
         self.first = torch.arange(0, requests * pages, pages, device=self.device)
         self.others = torch.tensor([i for i in range(requests * pages) if i % pages], device=self.device)
@@ -144,7 +153,7 @@ class Caches:
         stored = case.tokens if case.work == "attend" else case.computed
         for request in range(case.batch):
             old = position < stored
-            self.window[blocks[request, old], :, position[old] % wb] = dense[request, old]
+            self.cache.window[blocks[request, old], :, position[old] % wb] = dense[request, old]
         new = position >= case.computed
         start = torch.arange(0, (case.batch + 1) * case.queries, case.queries, dtype=torch.int32)
         batch = Batch(
@@ -173,7 +182,7 @@ class Caches:
 
         copied = torch.cat((some(self.first, shape[0], 1), some(self.others, shape[0], shape[1] - 1)), dim=1)
         # Eight bytes at a time, request by request: fast, and no second copy of the whole pool.
-        pages, pattern = self.pages.view(torch.int64), self.pattern.view(torch.int64)
+        pages, pattern = self.cache.pages.view(torch.int64), self.pattern.view(torch.int64)
         for ids, which in zip(page_table[:, : shape[1]].long(), copied):
             pages[ids] = pattern[which]
         return copied
@@ -182,12 +191,3 @@ class Caches:
 def poisoned(blocks: int, case: Case, device: torch.device) -> torch.Tensor:
     """A pool of NaNs, uint8 [blocks, bytes of a page]."""
     return torch.full((blocks, case.layout.page_bytes(case.kv_heads)), NAN, dtype=torch.uint8, device=device)
-
-
-def views(pool: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same bytes as pages [blocks, H, head_bytes] and as window blocks [blocks, H, window_block, 2 D]."""
-    layout: PageLayout = case.layout
-    tokens, width = layout.window_block(case.dtype.itemsize), 2 * layout.head_size
-    pages = pool.view(len(pool), case.kv_heads, layout.head_bytes)
-    strides = (pool.shape[1] // case.dtype.itemsize, tokens * width, width, 1)
-    return pages, pool.view(case.dtype).as_strided((len(pool), case.kv_heads, tokens, width), strides)

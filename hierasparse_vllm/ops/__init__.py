@@ -13,8 +13,8 @@ import torch
 
 from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import Batch
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.page import PageLayout
-from hierasparse_vllm.policy import LayerPolicy
 
 VARIABLE = "HIERASPARSE_OPS"
 """Environment variable that overrides the choice."""
@@ -26,8 +26,7 @@ LARGEST_GROUP = 16
 class Ops(Protocol):
     """What a layer does in a step, in this order.
 
-    Shapes: ``key``, ``value`` [rows, H, D]; ``query``, ``out`` [rows, heads, D]; ``pages`` uint8
-    [blocks, H, head_bytes]; ``window`` [blocks, H, window_block, 2 D] with K, then V in the last axis.
+    Shapes: ``key``, ``value`` [rows, H, D]; ``query``, ``out`` [rows, heads, D].
     """
 
     name: str
@@ -35,32 +34,13 @@ class Ops(Protocol):
     def reserve(self, out: torch.Tensor) -> None:
         """Allocate, and free again, what a step needs for outputs ``out``: vLLM is measuring memory."""
 
-    def update(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-    ) -> int | None:
+    def update(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> int | None:
         """Write the step's keys and values into the window cache, then choose and pack every page that it fills.
 
         Returns how many pages these were, or None if only the device knows (`CudaOps.count`).
         """
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
+    def attend(self, query: torch.Tensor, batch: Batch, cache: LayerCache, scale: float, out: torch.Tensor) -> None:
         """Causal attention of each request's queries over its pages and window, by the batch's read rule."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hierasparse_vllm.ops.batch import Batch, ReadRule
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.reference import codec
 from hierasparse_vllm.page import PAGE_TOKENS, SUB_TOKENS, PageLayout
 from hierasparse_vllm.policy import (
@@ -63,6 +64,11 @@ class Case:
     scale: float
     dense: list  # of (K, V) [tokens, H, D] per request
     seen: list  # of (K, V) float32 [pages * 256, H, D] per request
+
+    @property
+    def cache(self) -> LayerCache:
+        """As the ops take it; tests change what it is made of."""
+        return LayerCache(self.window, self.pages, self.layout, self.policy)
 
     def expected(self, request: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ``out`` that a request owns, and their values, computed in ``dtype``."""

@@ -20,13 +20,13 @@ def main() -> None:
         case = decode_cases.make_case([1100, 40, 513], [1, 3, 16], d=64, axis=axis, sparse=sparse)
         ops = CudaOps(case.pages.device, case.layout, 2, torch.bfloat16, 1)
         out = torch.empty_like(case.query)
-        ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
+        ops.attend(case.query, case.batch, case.cache, case.scale, out)
         case = decode_cases.make_case([1100, 40, 700], [300, 17, 90], d=64, group=3, axis=axis, sparse=sparse)
         for name, level in levels.LEVELS.items():
             if level.against(torch.cuda.get_device_capability(), torch.bfloat16, case.layout) is None:
                 ops = CudaOps(prefill_mib=1, prefill_kernel=name)
                 out = torch.empty_like(case.query)
-                ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
+                ops.attend(case.query, case.batch, case.cache, case.scale, out)
         layout = PageLayout(64, 2, *sparse, axis, 1, True)
         engine = Engine(layout, torch.bfloat16, ReadRule(256), 2, 2, "cuda", blocks=30, rescale=True, ops=CudaOps())
         seq = engine.sequence(600)

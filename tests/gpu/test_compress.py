@@ -78,7 +78,7 @@ def test_blocks_behind_four_gigabytes(packing, make_ops):
     assert int(place[1:].min()) * size > 2**32
     seq, update = packing.sequence(e, 600), e.ops.update
 
-    def update_far(key, value, batch, small_window, small_pages, layout, policy):
+    def update_far(key, value, batch, cache):
         pool[place] = e.pool
         slots = place[batch.slots // e.window_block] * e.window_block + batch.slots % e.window_block
         far = dataclasses.replace(
@@ -87,7 +87,7 @@ def test_blocks_behind_four_gigabytes(packing, make_ops):
             window_table=place[batch.window_table.long()].int(),
             slots=torch.where(batch.slots < e.window_block, batch.slots, slots),
         )
-        update(key, value, far, window, pages, layout, policy)
+        update(key, value, far, dataclasses.replace(cache, window=window, pages=pages))
         e.pool.copy_(pool[place])
 
     e.ops.update = update_far
@@ -107,7 +107,7 @@ def test_a_captured_launch_serves_later_steps(packing, make_ops):
     launch = e.ops.update
 
     def update():
-        launch(*rows, batch, e.window, e.pages, e.layout, e.policy)
+        launch(*rows, batch, e.cache)
 
     before = e.pool.clone()
     update()

@@ -20,7 +20,7 @@ def cuda_ops(case):
 
 
 def run(ops, case, out):
-    ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
+    ops.attend(case.query, case.batch, case.cache, case.scale, out)
 
 
 def attend(case):

@@ -27,13 +27,14 @@ def make_pages(layout, heads, dtype, n, blocks, seed=0, step=None):
 
 
 def expand(pages, ids, layout, policy, dtype):
-    from hierasparse_vllm.ops import cuda
+    from hierasparse_vllm.ops.cache import LayerCache
+    from hierasparse_vllm.ops.cuda import library
 
     heads, d = pages.shape[1], layout.head_size
     k, v = torch.full((2, len(ids), 256, heads, d), torch.nan, dtype=dtype, device="cuda")
     window = torch.empty(1, heads, 128, 2 * d, dtype=dtype, device="cuda")  # tells the dtype
-    order = policy.key.grouping.order.int()
-    torch.ops.hierasparse.expand(pages, window, ids, k, v, order, cuda._layout(layout))
+    cache = LayerCache(window, pages, layout, policy)
+    torch.ops.hierasparse.expand(*library.cache_arguments(cache, policy.key.grouping.order.int()), ids, k, v)
     return k, v
 
 

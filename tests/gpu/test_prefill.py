@@ -28,7 +28,7 @@ def attend(case, mib=64, kernel="expand"):
         pytest.skip(f"{kernel}: {reason}")
     ops = CudaOps(prefill_mib=mib, prefill_kernel=kernel)
     out = torch.full_like(case.query, torch.nan)
-    ops.attend(case.query, case.batch, case.window, case.pages, case.layout, case.policy, case.scale, out)
+    ops.attend(case.query, case.batch, case.cache, case.scale, out)
     torch.cuda.synchronize()
     return out
 

@@ -80,7 +80,8 @@ class HostOps:
         self.blocks, self.tile, self.units_store = blocks, tile, units_store
         self.count = torch.zeros(1, dtype=torch.int64)
 
-    def update(self, key, value, batch, window, pages, layout, policy):
+    def update(self, key, value, batch, cache):
+        window, pages, layout, policy = cache.window, cache.pages, cache.layout, cache.policy
         order = policy.key.grouping.order.int().contiguous()
         weight = policy.key.grouping.weight
         params = Params(

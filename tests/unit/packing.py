@@ -7,6 +7,7 @@ import torch
 from serving import Engine
 
 from hierasparse_vllm.ops.batch import ReadRule
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.reference import ReferenceOps
 from hierasparse_vllm.page import SUBS, PageLayout
 from hierasparse_vllm.policy import Channels, LayerPolicy
@@ -117,11 +118,10 @@ def update_both(e, work, change=lambda batch: None):
     # Keys and values are slices of wider rows, as those of a fused projection.
     _, k, v = torch.cat([e.rows(work, name) for name in "qkv"], dim=1).chunk(3, dim=1)
     want = e.pool.cpu().clone()
-    e.ops.update(k, v, batch, e.window, e.pages, e.layout, e.policy)
+    e.ops.update(k, v, batch, e.cache)
     host = moved(batch, "cpu")
-    filled = ReferenceOps().update(
-        k.cpu(), v.cpu(), host, e.window_of(want), want.view(e.pages.shape), e.layout, e.host_policy
-    )
+    cache = LayerCache(e.window_of(want), want.view(e.pages.shape), e.layout, e.host_policy)
+    filled = ReferenceOps().update(k.cpu(), v.cpu(), host, cache)
     assert_same_pool(e, e.pool.cpu(), want, host.filled[0])
     for seq, n in work:
         seq.computed += n
@@ -253,7 +253,7 @@ def check_repeats(make_ops, device):
         e = engine(make_ops(), device, d=128, sparse=(2, 3), sinks=5, seed=3)
         seqs = [sequence(e, 700, "few_infinite"), sequence(e, 512, "any_bits")]
         for work in ([(seqs[0], 300), (seqs[1], 200)], [(seqs[0], 400), (seqs[1], 312)]):
-            e.ops.update(e.rows(work, "k"), e.rows(work, "v"), e.batch(work), e.window, e.pages, e.layout, e.policy)
+            e.ops.update(e.rows(work, "k"), e.rows(work, "v"), e.batch(work), e.cache)
             for seq, n in work:
                 seq.computed += n
         pools.append(e.pool.cpu())

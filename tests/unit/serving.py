@@ -11,6 +11,7 @@ import torch
 from policies import layer_policy, reading
 
 from hierasparse_vllm.ops.batch import Batch, ReadRule
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.reference import ReferenceOps
 from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
 from hierasparse_vllm.policy import LayerPolicy
@@ -60,6 +61,11 @@ class Engine:
         self.trap, self.free = order[0], order[1:]  # a block of NaNs for ever
         self.ops = ops or ReferenceOps()
         self.compressed = 0
+
+    @property
+    def cache(self) -> LayerCache:
+        """As the ops take it; tests change what it is made of."""
+        return LayerCache(self.window, self.pages, self.layout, self.policy)
 
     def window_of(self, pool):
         """The same bytes as window blocks [blocks, H, window_block, 2 D]; what is left of a block is not in it."""
@@ -136,11 +142,11 @@ class Engine:
         """Store, compress, attend; returns the outputs of each request, on the host."""
         batch = self.batch(work)
         q, k, v = (self.rows(work, name) for name in "qkv")
-        counted = self.ops.update(k, v, batch, self.window, self.pages, self.layout, self.policy)
+        counted = self.ops.update(k, v, batch, self.cache)
         filled = sum((s.computed + n) // PAGE_TOKENS - s.computed // PAGE_TOKENS for s, n in work)
         assert counted in (filled, None), "ops on a GPU count there"
         out = torch.full_like(q, torch.nan)
-        self.ops.attend(q, batch, self.window, self.pages, self.layout, self.policy, self.scale, out)
+        self.ops.attend(q, batch, self.cache, self.scale, out)
         self.compressed += filled
         results, row = [], 0
         for seq, n in work:

@@ -172,13 +172,13 @@ class Wrong(ReferenceOps):
     def __init__(self, error=0.05):
         self.error = error
 
-    def attend(self, query, batch, window, pages, layout, policy, scale, out):
-        super().attend(query, batch, window, pages, layout, policy, scale, out)
+    def attend(self, query, batch, cache, scale, out):
+        super().attend(query, batch, cache, scale, out)
         out += self.error * out
 
-    def update(self, key, value, batch, window, pages, layout, policy):
-        filled = super().update(key, value, batch, window, pages, layout, policy)
-        window[batch.slots[-1] // batch.window_block, 0, 0, 0] = 1
+    def update(self, key, value, batch, cache):
+        filled = super().update(key, value, batch, cache)
+        cache.window[batch.slots[-1] // batch.window_block, 0, 0, 0] = 1
         return filled
 
 
@@ -193,8 +193,8 @@ def test_bits_that_change_while_it_is_measured_are_red(measured):
     class Drifting(ReferenceOps):
         calls = 0
 
-        def attend(self, query, batch, window, pages, layout, policy, scale, out):
-            super().attend(query, batch, window, pages, layout, policy, scale, out)
+        def attend(self, query, batch, cache, scale, out):
+            super().attend(query, batch, cache, scale, out)
             self.calls += 1
             if self.calls > 1:
                 out[0, 0, 0] += 0.001
@@ -217,8 +217,8 @@ def test_the_reference_ops_pass_the_check_of_attention(shape, options):
 
 def test_an_output_that_was_not_written_fails():
     class Lazy(ReferenceOps):
-        def attend(self, query, batch, window, pages, layout, policy, scale, out):
-            super().attend(query, batch, window, pages, layout, policy, scale, out)
+        def attend(self, query, batch, cache, scale, out):
+            super().attend(query, batch, cache, scale, out)
             out[-1, -1, -1] = torch.nan
 
     assert gate.check(caches(tiny(), Lazy()), 8) == (False, "values of the output are missing or not finite")
@@ -233,18 +233,18 @@ def test_the_reference_ops_pass_the_check_of_updates(tokens, queries):
 def test_everything_that_is_not_read_is_nan():
     """With fewer pages or a shorter window the reference would read NaN: so nothing beyond them was written."""
     case = tiny()
-    cache = caches(case)
-    (step,) = cache.steps
+    made = caches(case)
+    (step,) = made.steps
     read = step.batch.page_table[:, : case.compressed // PAGE_TOKENS]
-    block = cache.window_block
+    block = made.window_block
     in_window = step.batch.window_table[:, case.window_from // block :]
     written = set(read.flatten().tolist()) | set(in_window.flatten().tolist())
-    rest = [i for i in range(len(cache.pool)) if i not in written]
+    rest = [i for i in range(len(made.pool)) if i not in written]
     assert len(written) == read.numel() + in_window.numel() and 0 in rest
-    assert (cache.pool[rest] == 255).all()
-    assert set(step.batch.window_table[:, : case.window_from // block].flatten().tolist()) <= {0, cache.stale}
+    assert (made.pool[rest] == 255).all()
+    assert set(step.batch.window_table[:, : case.window_from // block].flatten().tolist()) <= {0, made.stale}
     end = case.tokens % block
-    assert cache.window[in_window[:, -1].long(), :, end:].isnan().all()
+    assert made.cache.window[in_window[:, -1].long(), :, end:].isnan().all()
 
 
 def test_first_pages_are_copies_of_first_pages():

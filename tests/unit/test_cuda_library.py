@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hierasparse_vllm import extension
-from hierasparse_vllm.ops import cuda
+from hierasparse_vllm.ops.batch import Batch, ReadRule
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import library
 from hierasparse_vllm.page import PageLayout
 
@@ -22,30 +23,20 @@ def bf16(*shape):
 
 PAGES = torch.zeros(4, HEADS, LAYOUT.head_bytes, dtype=torch.uint8)
 WINDOW = bf16(4, HEADS, 128, 2 * 64)
-STEP = (ints(4), ints(3), ints(3, 5), ints(3, 7), [128, 256, 0])
-LAYER = (ints(HEADS, 64), cuda._layout(LAYOUT))
 SLOTS, COUNT = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
 KEY, QUERY, WEIGHT = bf16(ROWS, HEADS, 64), bf16(ROWS, 6, 64), torch.zeros(HEADS, 64)
 FLOATS, LSE = torch.zeros(1 << 16), torch.zeros(6, ROWS)
-STORE = (KEY, KEY.clone(), SLOTS, ROWS, WINDOW, PAGES, COUNT, *STEP, *LAYER)
+BATCH = library.batch_arguments(Batch(ints(4), ints(3), ints(3, 5), ints(3, 7), SLOTS, ReadRule(256)))
+CACHE = library.cache_arguments(LayerCache(WINDOW, PAGES, LAYOUT, policy=None), ints(HEADS, 64))
+STORE = (*BATCH, *CACHE, KEY, KEY.clone(), SLOTS, ROWS, COUNT)
+PARTS = bf16(2, ROWS, 6, 64), torch.zeros(2, 6, ROWS)
 CALLS = {
     "store_compress": (*STORE, None, True, False, 132),
     "store_compress with weights": (*STORE, WEIGHT, False, True, 132),
-    "decode": (QUERY, QUERY.clone(), WINDOW, PAGES, *STEP, *LAYER, 0.1, 16, 8, FLOATS, ints(8)),
-    "expand": (PAGES, WINDOW, ints(1), bf16(1, 256, HEADS, 64), bf16(1, 256, HEADS, 64), *LAYER),
-    "prefill mma_sp": (
-        "mma_sp",
-        ints(1, 5),
-        QUERY,
-        bf16(2, ROWS, 6, 64),
-        torch.zeros(2, 6, ROWS),
-        WINDOW,
-        PAGES,
-        *STEP,
-        *LAYER,
-        0.1,
-    ),
-    "merge of parts": (QUERY, LSE, bf16(2, ROWS, 6, 64), torch.zeros(2, 6, ROWS), None),
+    "decode": (*BATCH, *CACHE, QUERY, QUERY.clone(), 0.1, 16, 8, FLOATS, ints(8)),
+    "expand": (*CACHE, ints(1), bf16(1, 256, HEADS, 64), bf16(1, 256, HEADS, 64)),
+    "prefill mma_sp": (*BATCH, *CACHE, "mma_sp", ints(1, 5), QUERY, *PARTS, 0.1),
+    "merge of parts": (QUERY, LSE, *PARTS, None),
     "merge": (QUERY, LSE, QUERY.clone(), LSE.clone(), ints(ROWS)),
     "merge into float32": (QUERY.float(), LSE, QUERY.clone(), LSE.clone(), None),
     "merge of float32": (QUERY, LSE, QUERY.float(), LSE.clone(), None),
@@ -65,9 +56,9 @@ def test_what_a_kernel_could_not_read_is_refused():
     with pytest.raises(AssertionError, match="channels of a head"):
         library._row_strides(QUERY.transpose(1, 2))
     with pytest.raises(AssertionError, match="int32"):
-        library._batch(SLOTS, *STEP[1:])
+        library._batch(SLOTS, *BATCH[1:])
     if extension.load() is not None:
         with pytest.raises(AssertionError, match="heads of a page"):
-            library._cache(PAGES.transpose(0, 1), WINDOW, LAYER[1])
+            library._cache(PAGES.transpose(0, 1), WINDOW, CACHE[2])
         with pytest.raises(AssertionError, match="window block"):
-            library._cache(PAGES, WINDOW.transpose(1, 2), LAYER[1])
+            library._cache(PAGES, WINDOW.transpose(1, 2), CACHE[2])

@@ -249,7 +249,7 @@ def test_store_writes_its_slots_and_nothing_else(device):
     batch = e.batch(work)
     before = e.pool.clone()
     poison = e.window[e.trap, 0, 0].clone()
-    e.ops.store(e.rows(work, "k"), e.rows(work, "v"), batch, e.window)
+    e.ops.store(e.rows(work, "k"), e.rows(work, "v"), batch, e.cache)
     for seq in (a, b):
         for position in range(seq.length):
             row = e.window[seq.window[position // e.window_block], :, position % e.window_block]
@@ -267,10 +267,10 @@ def test_update_is_store_then_compress(device):
             e.seqs, work = seqs, list(zip(seqs, step, strict=True))
             batch, k, v = e.batch(work), e.rows(work, "k"), e.rows(work, "v")
             if e is a:
-                results.append(e.ops.update(k, v, batch, e.window, e.pages, e.layout, e.policy))
+                results.append(e.ops.update(k, v, batch, e.cache))
             else:
-                e.ops.store(k, v, batch, e.window)
-                results.append(e.ops.compress(batch, e.window, e.pages, e.layout, e.policy))
+                e.ops.store(k, v, batch, e.cache)
+                results.append(e.ops.compress(batch, e.cache))
             for seq, n in work:
                 seq.computed += n
         assert results[0] == results[1] and torch.equal(a.pool, b.pool)
@@ -295,7 +295,7 @@ def test_store_skips_padding_and_the_null_block(device):
     seq = e.sequence(6)
     batch = e.batch([(seq, 6)])
     batch.slots[1], batch.slots[3], batch.slots[5] = -1, 0, e.window_block - 1
-    e.ops.store(e.rows([(seq, 6)], "k"), e.rows([(seq, 6)], "v"), batch, e.window)
+    e.ops.store(e.rows([(seq, 6)], "k"), e.rows([(seq, 6)], "v"), batch, e.cache)
     written = e.window[seq.window[0], 0, :, 0].isfinite().nonzero().flatten().tolist()
     assert written == [0, 2, 4]
     assert (e.pool[0] == 255).all() and (e.pool[-1] == 255).all()
@@ -306,9 +306,9 @@ def test_compress_writes_the_filled_pages_and_nothing_else(device):
     a, b = e.sequence(600), e.sequence(255)
     work = [(a, 600), (b, 255)]
     batch = e.batch(work)
-    e.ops.store(e.rows(work, "k"), e.rows(work, "v"), batch, e.window)
+    e.ops.store(e.rows(work, "k"), e.rows(work, "v"), batch, e.cache)
     before = e.pool.clone()
-    assert e.ops.compress(batch, e.window, e.pages, e.layout, e.policy) == 2
+    assert e.ops.compress(batch, e.cache) == 2
     changed = (e.pool != before).any(dim=1).nonzero().flatten().tolist()
     assert changed == sorted(a.pages[:2])
 
@@ -323,11 +323,11 @@ def test_steps_on_null_blocks_write_no_page(device):
     batch.window_table.zero_()
     batch.slots.fill_(-1)
     before = e.pool.clone()
-    e.ops.store(e.rows([(seq, 300)], "k"), e.rows([(seq, 300)], "v"), batch, e.window)
-    assert e.ops.compress(batch, e.window, e.pages, e.layout, e.policy) == 0
+    e.ops.store(e.rows([(seq, 300)], "k"), e.rows([(seq, 300)], "v"), batch, e.cache)
+    assert e.ops.compress(batch, e.cache) == 0
     assert torch.equal(e.pool, before)
     out = torch.full((303, 6, 64), torch.nan, device=device)
-    e.ops.attend(e.rows([(seq, 300)], "q"), batch, e.window, e.pages, e.layout, e.policy, e.scale, out)
+    e.ops.attend(e.rows([(seq, 300)], "q"), batch, e.cache, e.scale, out)
     assert not out[:300].any(), "attention over zeros"
 
 

@@ -10,6 +10,7 @@ import torch
 from serving import Engine
 
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import prefill
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan, page_tiles
 from hierasparse_vllm.ops.reference import ReferenceOps, attention, codec
@@ -86,36 +87,41 @@ class PlannedOps(ReferenceOps):
     def __init__(self, how):
         self.how, self.calls = how, 0
 
-    def attend(self, query, batch, window, pages, layout, policy, scale, out):
+    def attend(self, query, batch, cache, scale, out):
         requests = long_requests(batch, LONGEST_DECODE)
         if requests:
             plan = make_plan(batch, requests, self.how)
             self.calls += len(plan.parts) + (plan.fused is not None)
-            heads, d = window.shape[1], layout.head_size
+            heads, d, dtype = cache.window.shape[1], cache.layout.head_size, cache.window.dtype
             slab_pages = self.how if isinstance(self.how, int) else 0
-            workspace = torch.full((2, slab_pages, 256, heads, d), torch.nan, dtype=window.dtype)
+            workspace = torch.full((2, slab_pages, 256, heads, d), torch.nan, dtype=dtype)
 
             def expand(ids, k, v):
                 assert len(ids) == len(k) <= slab_pages and ids.dtype == torch.int32
-                for x, rows in zip(codec.unpack(pages[ids.long()], layout, policy, window.dtype), (k, v)):
-                    rows.copy_(x.transpose(1, 2))
+                for x, rows in zip(unpacked(cache, ids, dtype), (k, v)):
+                    rows.copy_(x)
 
             def fused(tiles, q, parts, lse):
                 for tile in tiles.tolist():
-                    attend_tile(tile, q, parts, lse, batch, pages, layout, policy, scale)
+                    attend_tile(tile, q, parts, lse, batch, cache, scale)
 
-            prefill.attend(plan, flash, query, window, expand, tuple(workspace), fused, scale, out)
-        self.decode(query, batch, window, pages, layout, policy, scale, out)
+            prefill.attend(plan, flash, query, cache.window, expand, tuple(workspace), fused, scale, out)
+        self.decode(query, batch, cache, scale, out)
 
-    def decode(self, query, batch: Batch, *args):
-        out = args[-1]
+    def decode(self, query, batch: Batch, cache: LayerCache, scale, out):
         for request in batch.requests:
             if request.queries <= LONGEST_DECODE:
                 rows = slice(request.first_row, request.first_row + request.queries)
-                out[rows] = self._attend_request(query[rows], request, batch, *args[:-1])
+                out[rows] = self._attend_request(query[rows], request, batch, cache, scale)
 
 
-def attend_tile(tile, q, parts, lse, batch, pages, layout, policy, scale):
+def unpacked(cache: LayerCache, ids, dtype):
+    """K and V [n, 256, H, D] of pages."""
+    sides = codec.unpack(cache.pages[ids.long()], cache.layout, cache.policy, dtype)
+    return [x.transpose(1, 2) for x in sides]
+
+
+def attend_tile(tile, q, parts, lse, batch, cache, scale):
     """What a fused kernel does with a tile: each query over its share of each split's pages."""
     request, row, queries, position, computed = tile
     borders = [batch.rule.compressed_below(computed if batch.rule.own_chunk_dense else position + i)
@@ -123,7 +129,7 @@ def attend_tile(tile, q, parts, lse, batch, pages, layout, policy, scale):
     n, splits = borders[-1] // 256, len(parts)
     ids = batch.page_table[request, :n].long()
     assert n > 0 and (ids > 0).all()
-    k, v = (x.transpose(1, 2).flatten(0, 1).double() for x in codec.unpack(pages[ids], layout, policy, q.dtype))
+    k, v = (x.flatten(0, 1).double() for x in unpacked(cache, ids, q.dtype))
     for split in range(splits):
         first, end = n * split // splits * 256, n * (split + 1) // splits * 256
         for i, border in enumerate(borders):
@@ -239,6 +245,7 @@ def test_operators_have_fakes():
         x, lse = torch.empty(4, 2, 64), torch.empty(2, 4)
         assert torch.ops.hierasparse.merge(x, lse, x, lse, None) is None
         parts, ids = torch.empty(2, 4, 2, 64), torch.empty(1, 5, dtype=torch.int32)
-        arguments = (ids, x, parts, parts[..., 0], x, x, x, x, x, x, [128, 256, 0], x, [64, 4, 4, 1, 1, 0], 0.1)
-        assert torch.ops.hierasparse.prefill("mma_sp", *arguments) is None
-        assert torch.ops.hierasparse.expand(x, x, x, x, x, x, [64, 4, 4, 1, 1, 0]) is None
+        batch, cache = (x, x, x, x, [128, 256, 0]), (x, x, [64, 4, 4, 1, 1, 0], x)
+        own = ("mma_sp", ids, x, parts, parts[..., 0], 0.1)
+        assert torch.ops.hierasparse.prefill(*batch, *cache, *own) is None
+        assert torch.ops.hierasparse.expand(*cache, x, x, x) is None

@@ -1,6 +1,7 @@
 // A warp's columns (query, head of the group): their queries as operand B, where their pages end, their results.
 #pragma once
 
+#include "../../common/log2.h"
 #include "../../common/values.cuh"
 #include "params.h"
 
@@ -93,7 +94,7 @@ class Columns {
         }
         if (g == 0) {
           p_.lse[work_.split * p_.lse_split_stride + head * p_.lse_head_stride + work_.tile.row + query] =
-              sum == 0.f ? -INFINITY : (state.top[n][e] + log2f(sum)) * 0.693147180559945f;
+              sum == 0.f ? -INFINITY : (state.top[n][e] + log2f(sum)) * kLn2;
         }
       }
     }

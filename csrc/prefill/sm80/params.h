@@ -1,6 +1,7 @@
 // What the portable kernel works out on the host, so that it takes no registers on the device.
 #pragma once
 
+#include "../../common/log2.h"
 #include "../params.h"
 
 namespace hierasparse::prefill_sm80 {
@@ -17,7 +18,7 @@ struct Arguments {
   PrefillParams params;
   int head_bytes, k_offset, v_offset;  // of the layout
   int group;                           // query heads per KV head
-  float scale_log2;                    // scale * log2(e)
+  float scale_log2;                    // scale * kLog2E
   // The ring: `pairs` stages of K and as many of V.
   int key_bytes, pair_bytes;     // of a stage of K, and of both
   int pairs;                     // 0: not one fits
@@ -30,7 +31,7 @@ struct Arguments {
         k_offset(p.cache.layout.k_offset()),
         v_offset(p.cache.layout.v_offset()),
         group(p.heads / p.cache.kv_heads),
-        scale_log2(p.scale * 1.44269504088896341f) {
+        scale_log2(p.scale * kLog2E) {
     const PageLayout& layout = p.cache.layout;
     key_bytes = layout.sparse_k == kSubs ? layout.sparse_bytes() : layout.dense_bytes();
     pair_bytes = key_bytes + (layout.sparse_v == kSubs ? layout.sparse_bytes() : layout.dense_bytes());

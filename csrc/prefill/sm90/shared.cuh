@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/hopper.cuh"
+#include "../../common/log2.h"
 #include "../params.h"
 #include "columns.h"
 
@@ -17,7 +18,6 @@ constexpr int kMaxStages = 12;
 constexpr int kShared = 227 << 10;
 constexpr int kFragment = 512;  // bytes of a warp's operand-A fragment
 constexpr int kRowBytes = 128;  // of operand B in shared memory
-constexpr float kLn2 = 0.693147180559945309f;
 
 // Named barriers.
 enum : int {
@@ -84,7 +84,7 @@ struct Arguments : PrefillParams {
         mean_offset(p.cache.layout.mean_offset()),
         k_offset(p.cache.layout.k_offset()),
         v_offset(p.cache.layout.v_offset()),
-        scale_log2(p.scale * 1.44269504088896341f) {}
+        scale_log2(p.scale * kLog2E) {}
 };
 
 // A CTA's work.  Neighbours are tiles of one KV head: they run at the same time and find each other's pages in L2.

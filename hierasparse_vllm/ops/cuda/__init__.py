@@ -8,7 +8,8 @@ import torch
 
 from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
-from hierasparse_vllm.ops.cuda import levels, library, prefill  # noqa: F401  (defines the operators)
+from hierasparse_vllm.ops.cache import LayerCache
+from hierasparse_vllm.ops.cuda import levels, library, prefill
 from hierasparse_vllm.ops.cuda.buffers import buffers
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan
 from hierasparse_vllm.page import PageLayout
@@ -85,37 +86,17 @@ class CudaOps:
             need = max(need, part + min((MOST_SPLITS - 1) * part, self._prefill_mib << 20))
         torch.empty(need, dtype=torch.uint8, device=out.device)
 
-    def update(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-    ) -> None:
-        self._prepare(window.device, layout, window.shape[1], window.dtype)
-        tables = self._tables_of(policy)
+    def update(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
+        tables, policy = self._tables_of(cache), cache.policy
         torch.ops.hierasparse.store_compress(
-            key, value, batch.slots, int(batch.query_start[-1]), window, pages, self.count,
-            *_step(batch), tables.k_order, _layout(layout), tables.k_weight, policy.key.rescale, policy.value.rescale,
-            self._buffers.sms,
+            *library.batch_arguments(batch), *library.cache_arguments(cache, tables.k_order),
+            key, value, batch.slots, int(batch.query_start[-1]), self.count,
+            tables.k_weight, policy.key.rescale, policy.value.rescale, self._buffers.sms,
         )  # fmt: skip
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        self._prepare(window.device, layout, window.shape[1], window.dtype)
-        k_order = self._tables_of(policy).k_order
+    def attend(self, query: torch.Tensor, batch: Batch, cache: LayerCache, scale: float, out: torch.Tensor) -> None:
+        caches = library.cache_arguments(cache, self._tables_of(cache).k_order)
+        step = library.batch_arguments(batch)
         how = self._how(query)
         if ("plan", how) not in batch.derived:  # what follows from lengths on the host, once per step
             lengths = batch.query_start.diff()
@@ -127,20 +108,18 @@ class CudaOps:
         if plan is not None:  # first, since FlashAttention also writes the rows of decodes between two prefills
 
             def expand(ids, k, v):
-                torch.ops.hierasparse.expand(pages, window, ids, k, v, k_order, _layout(layout))
+                torch.ops.hierasparse.expand(*caches, ids, k, v)
 
             def fused(tiles, q, parts, lse):
-                torch.ops.hierasparse.prefill(
-                    self.level, tiles, q, parts, lse, window, pages, *_step(batch), k_order, _layout(layout), scale
-                )
+                torch.ops.hierasparse.prefill(*step, *caches, self.level, tiles, q, parts, lse, scale)
 
             if self._flash is None:
-                self._flash = compat.flash_attention(layout.head_size)
-            prefill.attend(plan, self._flash, query, window, expand, self._expanded, fused, scale, out)
+                self._flash = compat.flash_attention(cache.layout.head_size)
+            prefill.attend(plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, out)
         if longest:
             torch.ops.hierasparse.decode(
-                query, out, window, pages, *_step(batch), k_order, _layout(layout),
-                scale, longest, self._buffers.ctas, self._buffers.workspace, self._buffers.counters,
+                *step, *caches, query, out, scale,
+                longest, self._buffers.ctas, self._buffers.workspace, self._buffers.counters,
             )  # fmt: skip
 
     def _how(self, query: torch.Tensor) -> int | Grid:
@@ -153,26 +132,10 @@ class CudaOps:
         part = heads * (d * query.itemsize + 4)
         return Grid(columns * kv_heads // heads, kv_heads, self._buffers.sms, part, self._prefill_mib << 20)
 
-    def _tables_of(self, policy: LayerPolicy) -> _Tables:
-        if self._tables is None or self._tables.policy is not policy:
-            self._tables = _Tables.of(policy)
+    def _tables_of(self, cache: LayerCache) -> _Tables:
+        """The layer's tables, made once (captured graphs hold their addresses), as is what its kernels need besides."""
+        window = cache.window
+        self._prepare(window.device, cache.layout, window.shape[1], window.dtype)
+        if self._tables is None or self._tables.policy is not cache.policy:
+            self._tables = _Tables.of(cache.policy)
         return self._tables
-
-
-def _step(batch: Batch) -> tuple:
-    """A step as `library` takes it."""
-    if batch.query_start_device is None:
-        batch.query_start_device = batch.query_start.to(batch.seq_lens.device, non_blocking=True)
-    rule = batch.rule
-    return (
-        batch.query_start_device, batch.seq_lens, batch.page_table, batch.window_table,
-        [batch.window_block, rule.local_window, int(rule.own_chunk_dense)],
-    )  # fmt: skip
-
-
-def _layout(layout: PageLayout) -> list[int]:
-    """A layout as `library` takes it."""
-    return [
-        layout.head_size, layout.sparse_k, layout.sparse_v, layout.sink_tokens,
-        int(layout.key_mean), int(layout.value_axis == "token"),
-    ]  # fmt: skip

@@ -1,18 +1,61 @@
 """The kernels of ``hierasparse_vllm._C`` as operators ``torch.ops.hierasparse.*``, with fakes for tracing.
 
-The extension knows no PyTorch: here tensors become addresses and strides.  ``step`` is [window_block, local_window,
-own_chunk_dense] and ``layout`` is [head_size, sparse_k, sparse_v, sink_tokens, key_mean, values along tokens].
+The extension knows no PyTorch: here tensors become addresses and strides.  Operators on caches begin with the arguments
+that `batch_arguments` and `cache_arguments` list.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from hierasparse_vllm import extension
+from hierasparse_vllm.ops.batch import Batch
+from hierasparse_vllm.ops.cache import LayerCache
 
-_STEP = "Tensor query_start, Tensor seq_lens, Tensor page_table, Tensor window_table, int[] step"
-_LAYER = "Tensor k_order, int[] layout"
+_BATCH = "Tensor query_start, Tensor seq_lens, Tensor page_table, Tensor window_table, int[] step"
+_CACHE = "Tensor pages, Tensor window, int[] layout, Tensor k_order"
+_CACHE_WRITTEN = "Tensor(a!) pages, Tensor(b!) window, int[] layout, Tensor k_order"
 _LIBRARY = torch.library.Library("hierasparse", "DEF")
+
+
+def batch_arguments(batch: Batch) -> tuple:
+    """A step as operators take it.
+
+    Returns
+    -------
+    query_start, seq_lens, page_table, window_table : Tensor, int32
+        Of the batch, on the device.
+    step : list of int
+        [window_block, local_window, own_chunk_dense]
+    """
+    if batch.query_start_device is None:
+        batch.query_start_device = batch.query_start.to(batch.seq_lens.device, non_blocking=True)
+    rule = batch.rule
+    return (
+        batch.query_start_device, batch.seq_lens, batch.page_table, batch.window_table,
+        [batch.window_block, rule.local_window, int(rule.own_chunk_dense)],
+    )  # fmt: skip
+
+
+def cache_arguments(cache: LayerCache, k_order: torch.Tensor) -> tuple:
+    """A layer's caches as operators take them; ``k_order`` int32 [H, D] is the policy's order of K's channels.
+
+    Returns
+    -------
+    pages : Tensor, uint8 [blocks, H, head_bytes]
+    window : Tensor [blocks, H, window_block, 2 D]
+    layout : list of int
+        [head_size, sparse_k, sparse_v, sink_tokens, key_mean, values along tokens]
+    k_order : Tensor, int32 [H, D]
+    """
+    layout = cache.layout
+    numbers = [
+        layout.head_size, layout.sparse_k, layout.sparse_v, layout.sink_tokens,
+        int(layout.key_mean), int(layout.value_axis == "token"),
+    ]  # fmt: skip
+    return cache.pages, cache.window, numbers, k_order
 
 
 def _operator(schema: str):
@@ -40,6 +83,17 @@ def _row_strides(x: torch.Tensor) -> tuple[int, int]:
     """Bytes from a row, and from a head, of [rows, heads, D] to the next."""
     assert x.stride(2) == 1, "the channels of a head lie side by side"
     return x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
+
+
+def _structs(function):
+    """Let ``function(batch, cache, k_order, ...)``, of the extension's structs, take the arguments of an operator."""
+
+    @functools.wraps(function)
+    def call(query_start, seq_lens, page_table, window_table, step, pages, window, layout, *arguments):
+        batch = _batch(query_start, seq_lens, page_table, window_table, step)
+        function(batch, _cache(pages, window, layout), *arguments)
+
+    return call
 
 
 def _batch(query_start, seq_lens, page_table, window_table, step):
@@ -83,20 +137,20 @@ def _cache(pages, window, layout):
 
 
 @_operator(
-    "store_compress(Tensor key, Tensor value, Tensor slots, int rows, Tensor(a!) window, Tensor(b!) pages, "
-    f"Tensor(c!) pages_compressed, {_STEP}, {_LAYER}, Tensor? k_weight, bool rescale_k, bool rescale_v, int sms)"
+    f"store_compress({_BATCH}, {_CACHE_WRITTEN}, Tensor key, Tensor value, Tensor slots, int rows, "
+    "Tensor(c!) pages_compressed, Tensor? k_weight, bool rescale_k, bool rescale_v, int sms)"
 )
+@_structs
 def store_compress(
-    key, value, slots, rows, window, pages, pages_compressed,
-    query_start, seq_lens, page_table, window_table, step, k_order, layout, k_weight, rescale_k, rescale_v, sms,
-):  # fmt: skip
+    batch, cache, k_order, key, value, slots, rows, pages_compressed, k_weight, rescale_k, rescale_v, sms
+):
     """Write ``rows`` rows of key and value to their slots, and every page that this step fills."""
     key_row, key_head = _row_strides(key)
     value_row, value_head = _row_strides(value)
     assert slots.dtype == torch.int64 and slots.is_contiguous()
     extension.load().store_compress(
-        _batch(query_start, seq_lens, page_table, window_table, step),
-        _cache(pages, window, layout),
+        batch,
+        cache,
         key=key.data_ptr(),
         value=value.data_ptr(),
         key_row_stride=key_row,
@@ -116,19 +170,17 @@ def store_compress(
 
 
 @_operator(
-    "decode(Tensor query, Tensor(a!) out, Tensor window, Tensor pages, "
-    f"{_STEP}, {_LAYER}, float scale, int max_query_len, int ctas, Tensor(b!) workspace, Tensor(c!) counters)"
+    f"decode({_BATCH}, {_CACHE}, Tensor query, Tensor(a!) out, float scale, int max_query_len, int ctas, "
+    "Tensor(b!) workspace, Tensor(c!) counters)"
 )
-def decode(
-    query, out, window, pages, query_start, seq_lens, page_table, window_table, step, k_order, layout,
-    scale, max_query_len, ctas, workspace, counters,
-):  # fmt: skip
+@_structs
+def decode(batch, cache, k_order, query, out, scale, max_query_len, ctas, workspace, counters):
     """Attention of all requests with 1 to ``max_query_len`` queries."""
     query_row, query_head = _row_strides(query)
     out_row, out_head = _row_strides(out)
     extension.load().decode(
-        _batch(query_start, seq_lens, page_table, window_table, step),
-        _cache(pages, window, layout),
+        batch,
+        cache,
         query=query.data_ptr(),
         out=out.data_ptr(),
         query_row_stride=query_row,
@@ -147,13 +199,10 @@ def decode(
 
 
 @_operator(
-    "prefill(str level, Tensor tiles, Tensor query, Tensor(a!) out, Tensor(b!) lse, Tensor window, Tensor pages, "
-    f"{_STEP}, {_LAYER}, float scale)"
+    f"prefill({_BATCH}, {_CACHE}, str level, Tensor tiles, Tensor query, Tensor(a!) out, Tensor(b!) lse, float scale)"
 )
-def prefill(
-    level, tiles, query, out, lse, window, pages, query_start, seq_lens, page_table, window_table, step, k_order,
-    layout, scale,
-):  # fmt: skip
+@_structs
+def prefill(batch, cache, k_order, level, tiles, query, out, lse, scale):
     """Attention of ``tiles`` int32 [n, 5] over their pages, by a fused kernel; see PrefillParams.
 
     ``out`` [splits, rows, heads, D], ``lse`` [splits, heads, rows].
@@ -164,8 +213,8 @@ def prefill(
     out_row, out_head = _row_strides(out[0])
     extension.load().prefill(
         level,
-        _batch(query_start, seq_lens, page_table, window_table, step),
-        _cache(pages, window, layout),
+        batch,
+        cache,
         tiles=tiles.data_ptr(),
         tile_count=len(tiles),
         query=query.data_ptr(),
@@ -186,8 +235,8 @@ def prefill(
     )
 
 
-@_operator(f"expand(Tensor pages, Tensor window, Tensor ids, Tensor(a!) k, Tensor(b!) v, {_LAYER})")
-def expand(pages, window, ids, k, v, k_order, layout):
+@_operator(f"expand({_CACHE}, Tensor ids, Tensor(a!) k, Tensor(b!) v)")
+def expand(pages, window, layout, k_order, ids, k, v):
     """Pages ``ids`` as dense rows: k and v [n, 256, H, D]; ``window`` only tells the dtype and the heads."""
     assert ids.dtype == torch.int32 and ids.is_contiguous() and k.stride() == v.stride() and k.stride(3) == 1
     if not len(ids):  # an empty tensor has no address

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hierasparse_vllm.ops.batch import Batch, Request
+from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.reference import codec
 from hierasparse_vllm.ops.reference.attention import attend_part, merge
-from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
-from hierasparse_vllm.policy import LayerPolicy
+from hierasparse_vllm.page import PAGE_TOKENS
 
 SLAB_PAGES = 32
 """Pages unpacked at a time: bounds the workspace, whatever the context's length."""
@@ -22,67 +22,36 @@ class ReferenceOps:
     def reserve(self, out: torch.Tensor) -> None:
         """Nothing: the workspace is small (`SLAB_PAGES`)."""
 
-    def update(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-    ) -> int:
-        self.store(key, value, batch, window)
-        return self.compress(batch, window, pages, layout, policy)
+    def update(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> int:
+        self.store(key, value, batch, cache)
+        return self.compress(batch, cache)
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, window: torch.Tensor) -> None:
+    def store(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
         """Write the step's keys and values into the window cache."""
-        rows, slots = batch.written
+        window, (rows, slots) = cache.window, batch.written
         block, offset, d = slots // batch.window_block, slots % batch.window_block, key.shape[-1]
         window[block, :, offset, :d] = key[rows].to(window.dtype)
         window[block, :, offset, d:] = value[rows].to(window.dtype)
 
-    def compress(
-        self, batch: Batch, window: torch.Tensor, pages: torch.Tensor, layout: PageLayout, policy: LayerPolicy
-    ) -> int:
+    def compress(self, batch: Batch, cache: LayerCache) -> int:
         """Choose and pack every page that this step fills; returns how many."""
         ids, blocks, first = batch.filled
         for i in range(0, len(ids), SLAB_PAGES):
             slab = slice(i, i + SLAB_PAGES)
-            k, v = _gather(window, blocks[slab]).split(layout.head_size, dim=-1)
-            pages[ids[slab]] = codec.pack(k, v, layout, policy, first[slab])
+            k, v = _gather(cache.window, blocks[slab]).split(cache.layout.head_size, dim=-1)
+            cache.pages[ids[slab]] = codec.pack(k, v, cache.layout, cache.policy, first[slab])
         return len(ids)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
+    def attend(self, query: torch.Tensor, batch: Batch, cache: LayerCache, scale: float, out: torch.Tensor) -> None:
         for request in batch.requests:
             rows = slice(request.first_row, request.first_row + request.queries)
-            out[rows] = self._attend_request(query[rows], request, batch, window, pages, layout, policy, scale).to(
-                out.dtype
-            )
+            out[rows] = self._attend_request(query[rows], request, batch, cache, scale).to(out.dtype)
 
     def _attend_request(
-        self,
-        query: torch.Tensor,
-        request: Request,
-        batch: Batch,
-        window: torch.Tensor,
-        pages: torch.Tensor,
-        layout: PageLayout,
-        policy: LayerPolicy,
-        scale: float,
+        self, query: torch.Tensor, request: Request, batch: Batch, cache: LayerCache, scale: float
     ) -> torch.Tensor:
         n, heads, d = query.shape
-        h = window.shape[1]
+        window, h = cache.window, cache.window.shape[1]
         g = heads // h
         q = query.view(n, h, g, d).transpose(0, 1).reshape(h, n * g, d).to(window.dtype)
         acc = torch.empty(h, n * g, d, dtype=torch.float32, device=q.device)
@@ -100,7 +69,7 @@ class ReferenceOps:
         for first in range(0, tiles[-1].compressed, SLAB_PAGES * PAGE_TOKENS):
             last = min(first + SLAB_PAGES * PAGE_TOKENS, tiles[-1].compressed)
             ids = batch.page_table[request.index, first // PAGE_TOKENS : last // PAGE_TOKENS]
-            k, v = self._unpack(pages, ids, layout, policy, window.dtype)
+            k, v = self._unpack(cache, ids)
             for tile in tiles:
                 if tile.compressed > first:
                     seen = min(tile.compressed, last) - first
@@ -120,8 +89,9 @@ class ReferenceOps:
             add(tile, k[:, keys], v[:, keys], hidden)
         return acc.view(h, n, g, d).transpose(0, 1).reshape(n, heads, d)
 
-    def _unpack(self, pages, ids, layout: PageLayout, policy: LayerPolicy, dtype: torch.dtype):
+    def _unpack(self, cache: LayerCache, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [H, n * 256, D] of the pages ``ids``."""
+        pages, layout, policy, dtype = cache.pages, cache.layout, cache.policy, cache.window.dtype
         if pages.device.type == "cpu" and not layout.dense_page:
             # Numba takes a second to import, and vLLM 0.32 must have made its CPU runner before: that scans all modules
             # for kernels and breaks on llvmlite's proxies.
