@@ -92,6 +92,7 @@ def others(rows: Rows) -> list[str]:
         ("chunk8192-ctx131072-mmasp", "the same by `mma_sp`", 0.9),
         ("chunk8192-ctx131072-wgmmasp", "by `wgmma_sp`", 1.15),
         ("chunk8192-ctx131072-d64", "heads of 64 channels", 1.0),
+        ("chunk8192-ctx131072-vchannel", "V along channels, default options", 1.0),
         ("chunk2048-ctx131072-expand", "prefill, 2 048 queries at 131 072 tokens; FlashAttention-3", 0.80),
         ("chunk2048-ctx131072-wgmmasp", "by `wgmma_sp`", 1.15),
     ):

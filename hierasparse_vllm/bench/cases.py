@@ -199,6 +199,8 @@ CASES = (
     _chunk("8192", "mma_sp", 0.9, TOKEN),
     _chunk("8192", "wgmma_sp", 1.15, TOKEN),
     _chunk("2048", "wgmma_sp", 1.15, TOKEN),
+    # As an engine with default options runs it.
+    Case("chunk8192-ctx131072-vchannel", "attend", 1, 131072, 8192, 1.0, options=CHANNEL),
     Case(
         "chunk8192-ctx131072-d64",
         "attend",
