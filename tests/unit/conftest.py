@@ -1,7 +1,30 @@
-"""Hypothesis is derandomized: a red test is red again on the next run, here and in CI."""
+"""Hypothesis is derandomized: a red test is red again on the next run and in CI.  The extension is compiled once."""
 
+import sys
+import sysconfig
+
+import pytest
 from hypothesis import settings
+
+from tests.models import ROOT
+
+sys.path.append(str(ROOT / "tools"))
+import cuda_build
 
 # No deadline, since Numba compiles inside a test.
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The extension's file, of the real sources for all targets, and the logs of ptxas.
+
+    Minutes on two cores, seconds where build/cuda-objects is current: tests that use it need a long timeout.
+    """
+    try:
+        nvcc = cuda_build.find_nvcc()
+    except cuda_build.BuildError as error:
+        pytest.skip(f"the CUDA sources were NOT compiled: {error}")
+    module = tmp_path_factory.mktemp("extension") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return module, cuda_build.build(module, nvcc, cuda_build.TARGETS)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import types
 from pathlib import Path
 
@@ -26,17 +25,6 @@ KERNEL = re.compile(
 
 
 # ---- the real sources, for all targets -----------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The module's file and the logs of ptxas.  Minutes on two cores, seconds where build/cuda-objects is current."""
-    try:
-        nvcc = cuda_build.find_nvcc()
-    except cuda_build.BuildError as error:
-        pytest.skip(f"the CUDA sources were NOT compiled: {error}")
-    module = tmp_path_factory.mktemp("extension") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return module, cuda_build.build(module, nvcc, cuda_build.TARGETS)
-
-
 def run_with_module(module, code):
     """Output of a Python that finds the module as ``_C`` and sees no GPU."""
     env = os.environ | {"PYTHONPATH": str(module.parent), "CUDA_VISIBLE_DEVICES": ""}
