@@ -25,7 +25,7 @@ int ctas_per_sm() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultipr
 }  // namespace
 
 // Deeper rings only make the queues at the memory longer, and with them every other load of the kernel (H200: 3 stages
-// 161 us, 5 stages 181 us for 8 x 32 768 tokens).  A CTA that has its SM alone takes four if there is room.
+// 161 us, 5 stages 181 us for 8 x 32 768 tokens).  A CTA that has its SM alone takes up to six.
 int ring_stages(int fixed_bytes) {
   if (ctas_per_sm() == 2) return 3;
   const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed_bytes;
