@@ -1,4 +1,4 @@
-// What sm_90a adds to ptx.cuh: products of warpgroups, barriers in shared memory, bulk copies.
+// What sm_90a adds to ptx.cuh: products of warpgroups, bulk copies and barriers that wait for them.
 //
 // Shared memory has two kinds of readers: threads, and the units behind wgmma and bulk copies ("async proxy").  What
 // threads wrote is only there for the units after fence_async() in the thread that wrote it and a barrier.

@@ -33,6 +33,19 @@ struct State {
   }
 };
 
+// The maximum of column 2 t + e of tile n, to that of all its lanes' x, if that is higher.
+template <int kD, int kTiles>
+__device__ __forceinline__ void raise_column(State<kD, kTiles>& state, int n, int e, float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  x = fmaxf(x, state.top[n][e]);
+  const float keep = exp2_fast(state.top[n][e] - x);
+  state.top[n][e] = x;
+  state.sum[n][e] *= keep;
+#pragma unroll
+  for (int m = 0; m < kD / 16; ++m) state.o[m][n][e] *= keep, state.o[m][n][2 + e] *= keep;
+}
+
 // Before the probabilities of kRows row tiles of 16 tokens: scores far above the maximum raise it.
 template <int kRows, int kD, int kTiles>
 __device__ __forceinline__ void raise_maximum(float scale_log2, State<kD, kTiles>& state,
@@ -54,17 +67,7 @@ __device__ __forceinline__ void raise_maximum(float scale_log2, State<kD, kTiles
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float x = top[n][e];
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-        x = fmaxf(x, state.top[n][e]);
-        const float keep = exp2_fast(state.top[n][e] - x);
-        state.top[n][e] = x;
-        state.sum[n][e] *= keep;
-#pragma unroll
-        for (int m = 0; m < kD / 16; ++m) state.o[m][n][e] *= keep, state.o[m][n][2 + e] *= keep;
-      }
+      for (int e = 0; e < 2; ++e) raise_column(state, n, e, top[n][e]);
     }
   }
 }

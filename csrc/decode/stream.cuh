@@ -4,6 +4,7 @@
 // Values of pages lie in fragment order, so a consumer's lanes read them as operand A without a conflict.
 #pragma once
 
+#include "../common/sub_block.cuh"
 #include "plan.cuh"
 #include "softmax.cuh"
 
@@ -174,9 +175,10 @@ class Producer {
   __device__ __forceinline__ void copy_sub_block(const uint8_t* base, uint32_t word) {
     const PageLayout& layout = p_.cache.layout;
     const Kind kind = Kind::read(layout, word, consumer_);
-    copy_side(base, layout.k_offset() + place(layout.k_mask(word), layout.sparse_k), kind.sparse_k,
-              kind.sparse_k && layout.key_mean ? layout.mean_offset() : 0, kind);
-    copy_side(base, layout.v_offset() + place(layout.v_mask(word), layout.sparse_v), kind.sparse_v, 0, kind);
+    copy_side(base, layout.k_offset() + sub_block_offset<kD>(layout.k_mask(word), layout.sparse_k, consumer_),
+              kind.sparse_k, kind.sparse_k && layout.key_mean ? layout.mean_offset() : 0, kind);
+    copy_side(base, layout.v_offset() + sub_block_offset<kD>(layout.v_mask(word), layout.sparse_v, consumer_),
+              kind.sparse_v, 0, kind);
   }
   // K's or V's chunks; `mean` is the mean's offset, or 0.
   __device__ __forceinline__ void copy_side(const uint8_t* base, int offset, bool sparse, int mean, const Kind& kind) {
@@ -194,13 +196,6 @@ class Producer {
       }
       end();
     }
-  }
-  // As PageLayout::k_sub and v_sub have it, without a loop.
-  __device__ __forceinline__ int place(uint32_t mask, int sparse) const {
-    constexpr PageLayout kSizes{kD, 2, 0, 0, 0, false};
-    const int rank = __popc(mask & ((1u << consumer_) - 1));
-    return mask >> consumer_ & 1 ? rank * kSizes.sparse_bytes()
-                                 : sparse * kSizes.sparse_bytes() + (consumer_ - rank) * kSizes.dense_bytes();
   }
   template <int kSteps>
   __device__ __forceinline__ void copy_steps(uint32_t to, const uint8_t* from) const {

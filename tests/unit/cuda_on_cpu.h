@@ -183,6 +183,16 @@ inline void atomicMax(uint32_t* to, uint32_t x) { *to = *to > x ? *to : x; }
 inline void atomicAnd(uint32_t* to, uint32_t x) { *to &= x; }
 inline void atomicOr(uint32_t* to, uint32_t x) { *to |= x; }
 
+inline float __uint_as_float(uint32_t x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t y;
+  memcpy(&y, &x, 4);
+  return y;
+}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {

@@ -5,11 +5,6 @@
 
 #include "arrays.h"
 
-inline float __uint_as_float(uint32_t x) {
-  float y;
-  memcpy(&y, &x, 4);
-  return y;
-}
 namespace hierasparse::prefill_sm80 {
 alignas(1024) uint8_t memory[227 << 10];
 }

@@ -7,16 +7,6 @@
 
 #include "arrays.h"
 
-inline uint32_t __float_as_uint(float x) {
-  uint32_t y;
-  memcpy(&y, &x, 4);
-  return y;
-}
-inline float __uint_as_float(uint32_t x) {
-  float y;
-  memcpy(&y, &x, 4);
-  return y;
-}
 namespace hierasparse::prefill90 {
 alignas(1024) uint8_t memory[227 << 10];
 }

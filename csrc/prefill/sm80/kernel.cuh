@@ -182,11 +182,11 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
       shared.edge = border_of(p, work.tile, 0) / kPageTokens;
       for (int side = 0; side < 2; ++side) {
         for (int i = 0; i < a.pairs; ++i) {
-          mbarrier_init(shared_address(reinterpret_cast<uint8_t*>(&shared.full[side][i])), kFullCount);
-          mbarrier_init(shared_address(reinterpret_cast<uint8_t*>(&shared.empty[side][i])), kWarps);
+          mbarrier_init(shared_address(&shared.full[side][i]), kFullCount);
+          mbarrier_init(shared_address(&shared.empty[side][i]), kWarps);
         }
       }
-      mbarrier_init(shared_address(reinterpret_cast<uint8_t*>(&shared.means_full)), 32);
+      mbarrier_init(shared_address(&shared.means_full), 32);
     }
     auto& own = shared.own[thread_index() / 32];
     for (int i = lane; i < 8 * kTiles; i += 32) {

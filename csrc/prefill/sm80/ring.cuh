@@ -133,8 +133,8 @@ class Copier {
     const int offset = (side == 0 ? a_.k_offset : a_.v_offset) + (sparse ? rank : count) * kSizes.sparse_bytes() +
                        (sparse ? 0 : sub - rank) * kSizes.dense_bytes();
     const uint8_t* from = region(shared_.own[warp_].id) + offset + lane * 16;
-    const uint32_t to = shared_address(reinterpret_cast<uint8_t*>(&shared_)) + Shared<kD, kTiles>::bytes() +
-                        stage.at * a_.pair_bytes + (side == 0 ? 0 : a_.key_bytes) + lane * 16;
+    const uint32_t to = shared_address(&shared_) + Shared<kD, kTiles>::bytes() + stage.at * a_.pair_bytes +
+                        (side == 0 ? 0 : a_.key_bytes) + lane * 16;
     mbarrier_wait(shared_address(&shared_.empty[side][stage.at]), stage.parity ^ 1);
     constexpr int kLeast = kSizes.sparse_bytes() / kFragment, kMost = kSizes.dense_bytes() / kFragment;
 #pragma unroll

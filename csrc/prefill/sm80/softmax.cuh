@@ -67,15 +67,7 @@ __device__ __forceinline__ void raise_exactly(float scale_log2, State<kD, kTiles
       float x = s[0][n][e];
 #pragma unroll
       for (int m = 0; m < kRows; ++m) x = fmaxf(x, fmaxf(s[m][n][e], s[m][n][2 + e]));
-      x = fmaf(x, scale_log2, mean[n][e]);
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-      x = fmaxf(x, state.top[n][e]);
-      const float keep = exp2_fast(state.top[n][e] - x);
-      state.top[n][e] = x;
-      state.sum[n][e] *= keep;
-#pragma unroll
-      for (int m = 0; m < kD / 16; ++m) state.o[m][n][e] *= keep, state.o[m][n][2 + e] *= keep;
+      raise_column(state, n, e, fmaf(x, scale_log2, mean[n][e]));
     }
   }
   store_tops(state, lane_tops);

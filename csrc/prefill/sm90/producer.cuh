@@ -1,6 +1,7 @@
 // The warpgroup that feeds the others: one thread copies sub-blocks into the ring, three warps work out q . mean.
 #pragma once
 
+#include "../../common/sub_block.cuh"
 #include "shared.cuh"
 
 namespace hierasparse::prefill90 {
@@ -32,9 +33,8 @@ class Copier {
       const PageLayout& layout = p_.cache.layout;
       const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(from));
       const uint32_t mask = value ? layout.v_mask(word) : layout.k_mask(word);
-      const int all = value ? layout.sparse_v : layout.sparse_k, before = __popc(mask & ((1u << sub) - 1));
       sparse = mask >> sub & 1;
-      from += sparse ? before * S::kSparseBytes : all * S::kSparseBytes + (sub - before) * S::kDenseBytes;
+      from += sub_block_offset<S::kD>(mask, value ? layout.sparse_v : layout.sparse_k, sub);
     } else {
       from += sub * S::kSparseBytes;
     }
