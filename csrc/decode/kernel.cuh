@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   const uint32_t ring = shared_address(memory) + sizeof(Shared<kD, kTiles>);
   if (threadIdx.x < kWarps) shared.number[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.plans.init();
-  if (threadIdx.x == 32) shared.rings.init();
+  if (warp == 1) shared.rings.init();
   __syncthreads();
   if (warp == kPlanner) {
     plan<T>(p, shared);

@@ -58,8 +58,9 @@ struct Rings {
   uint64_t full[kWarps][kMaxStages], empty[kWarps][kMaxStages];
   uint32_t kinds[kWarps][kMaxStages];
 
+  // A warp calls it.
   __device__ __forceinline__ void init() {
-    for (int i = 0; i < kWarps * kMaxStages; ++i) {
+    for (int i = thread_index() % 32; i < kWarps * kMaxStages; i += 32) {
       mbarrier_init(shared_address(&full[0][i]), kCopiers + 1);  // their copies; and one that has stored the word
       mbarrier_init(shared_address(&empty[0][i]), 1);
     }
