@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from hierasparse_vllm import results
+from hierasparse_vllm.options import Options
 from hierasparse_vllm.quality import report as reports
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "quality-smollm2.json"
 NAMES = {
-    "quality": "preset `quality`", "balanced": "preset `balanced`", "max": "preset `max` (default)",
+    "quality": "preset `quality`", "balanced": "preset `balanced`", "max": "preset `max`",
     "max-no-tables": "`max` without tables", "k-only": "K at S = 1, V dense", "half": "S = 0.5 in both, one split",
     "fp8": "vLLM's fp8 cache (scales 1)", "paper": "the paper's rule", "mustafar50": "Mustafar 50 % (simulated)",
     "mustafar70": "Mustafar 70 % (simulated)",
 }  # fmt: skip
+NAMES[Options.preset] += " (default)"
 SHORT = ("quality", "balanced", "max", "max-no-tables", "fp8", "paper")
 TASKS = {
     "passkey": "pass keys", "needles": "grid of pass keys", "multikey": "one of four keys", "key-value": "key-value",

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loa
 from quality_tables import ROOT, Rows, fill, markdown, spaced
 
 from hierasparse_vllm.bench.cases import CASES
+from hierasparse_vllm.options import Options
 
 ROWS = ROOT / "benchmarks" / "results" / "h200.json"
 SERVED = {
@@ -31,7 +32,7 @@ SERVED = {
     "serve-resident-32768": "requests of 32 768 tokens that fit",
     "serve-resident-120000": "requests of 120 000 tokens that fit",
 }
-WAYS = {"": "`max` (default)", "-balanced": "`balanced`"}
+WAYS = {"": f"`{Options.preset}` (default)", "-balanced": "`balanced`"}
 """Suffixes of the ids in SERVED, and what they mean."""
 
 
