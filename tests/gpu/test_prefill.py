@@ -129,7 +129,7 @@ def test_page_ids_beyond_32_bit_offsets(cases, kernel):
 
 # ---- whole steps -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("window, chunk", [(0, False), (256, False), (256, True), (512, False)])
-@pytest.mark.parametrize("axis, kernel", [("channel", "expand"), ("channel", "mma_sp"), ("token", "auto")])
+@pytest.mark.parametrize("axis, kernel", [("channel", "expand"), ("channel", "mma_sp"), ("token", "wgmma_sp")])
 def test_steps_of_store_compress_and_attend(axis, kernel, window, chunk):
     from serving import Engine
 

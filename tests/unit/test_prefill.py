@@ -17,6 +17,7 @@ from hierasparse_vllm.ops.reference import ReferenceOps, attention, codec
 from hierasparse_vllm.page import PageLayout
 
 F32 = 1e-5
+SMS = 13
 
 
 def flash(
@@ -86,6 +87,7 @@ class PlannedOps(ReferenceOps):
 
     def __init__(self, how):
         self.how, self.calls = how, 0
+        self.splits = []  # rows of each head that a call of FlashAttention has, and how it may split
 
     def attend(self, query, batch, cache, scale, out):
         requests = long_requests(batch, LONGEST_DECODE)
@@ -105,7 +107,11 @@ class PlannedOps(ReferenceOps):
                 for tile in tiles.tolist():
                     attend_tile(tile, q, parts, lse, batch, cache, scale)
 
-            prefill.attend(plan, flash, query, cache.window, expand, tuple(workspace), fused, scale, out)
+            def recorded(q, *args, num_splits, **kw):
+                self.splits.append((len(q) * q.shape[1], num_splits))
+                return flash(q, *args, **kw)
+
+            prefill.attend(plan, recorded, query, cache.window, expand, tuple(workspace), fused, scale, SMS, out)
         self.decode(query, batch, cache, scale, out)
 
     def decode(self, query, batch: Batch, cache: LayerCache, scale, out):
@@ -141,7 +147,7 @@ def attend_tile(tile, q, parts, lse, batch, cache, scale):
             parts[split, row + i] = torch.einsum("hgn,nhd->hgd", weight, values).flatten(0, 1)
 
 
-FUSED = Grid(queries=48, kv_heads=2, sms=13, part_bytes=3 * 2 * 64 * 4, room=1 << 20)
+FUSED = Grid(queries=48, kv_heads=2, sms=SMS, part_bytes=3 * 2 * 64 * 4, room=1 << 20)
 
 
 def engine(how, window=256, chunk=False, **kw):
@@ -162,6 +168,8 @@ def test_chunks_decodes_and_several_prefills(how, window, chunk):
     e.checked_step([(b, 2), (c, 20), (a, 16), (b, 0)], F32)
     e.checked_step([(c, 600), (a, 483), (b, 681)], F32)
     assert e.ops.calls > 1
+    # Only what leaves SMs without work may be split.
+    assert all(n == (rows >= 128 * SMS) for rows, n in e.ops.splits) and len({n for _, n in e.ops.splits}) == 2
 
 
 @pytest.mark.parametrize("how", [2, FUSED], ids=["2 pages", "fused"])
@@ -186,6 +194,22 @@ def test_calls_of_a_chunk_behind_a_long_context():
     assert call.rows == slice(48, 700) and call.query_start.diff().tolist() == [256, 256, 140]
     assert call.keys.tolist() == [256, 512, 768] and call.table.tolist() == [[0, 1, 2]] * 3
     assert torch.equal(torch.cat([c.pages for c in plan.parts]), batch.page_table[0, :9])
+
+
+def test_a_chunk_whose_pages_and_window_fit_is_one_call():
+    """Keys of the tiles as in a dense cache: pages that only later tiles read, then the window's rows."""
+    e = engine(8)
+    seqs = [e.sequence(n) for n in (3000, 40, 600)]
+    e.step([(seqs[0], 2000)])
+    batch = e.batch([(seqs[0], 700), (seqs[1], 20), (seqs[2], 17)])
+    requests = long_requests(batch, LONGEST_DECODE)
+    for room in (10, 9):  # three pages, and five, one and one of the window; with one less, nothing is one call
+        plan = make_plan(batch, requests, room)
+        assert (plan.dense.pages is None) == (room == 9)
+    call = make_plan(batch, requests, 10).dense
+    assert call.pages.tolist() == batch.page_table[0, 6:9].tolist()
+    assert call.query_start.diff().tolist() == [48, 256, 256, 140, 20, 17]
+    assert call.keys.tolist() == [512, 768, 1024, 2700 - 1536, 20, 17]
 
 
 @pytest.mark.parametrize("window, chunk", [(0, False), (512, False), (256, True)])

@@ -76,10 +76,17 @@ V_TOKEN, V_CHANNEL = PageLayout(128, 2, 4, 4, "token"), PageLayout(128, 2, 4, 4,
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def test_auto_is_a_kernel_that_serves_every_layer():
-    for capability, dtype, layout in ((H100, BF16, V_TOKEN), (OTHER, FP16, PageLayout(256, 2, 4, 2, "channel"))):
-        chosen, _ = levels.choose("auto", capability, dtype, layout)
-        assert chosen == "expand" and levels.LEVELS[chosen].against(capability, dtype, layout) is None
+@pytest.mark.parametrize("capability", [H100, OTHER])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_auto_is_a_kernel_that_serves_the_layer(capability, dtype):
+    for d in (64, 128, 256):
+        for sparse in ((4, 4), (4, 2), (0, 4)):
+            for axis in ("channel", "token"):
+                layout = PageLayout(d, 2, *sparse, axis)
+                chosen, _ = levels.choose("auto", capability, dtype, layout)
+                fused = (capability, dtype) == (H100, BF16) and layout == V_TOKEN
+                assert chosen == ("wgmma_sp" if fused else "expand")
+                assert levels.LEVELS[chosen].against(capability, dtype, layout) is None
 
 
 @pytest.mark.parametrize("wish", ["mma_sp", "expand"])

@@ -115,7 +115,9 @@ class CudaOps:
 
             if self._flash is None:
                 self._flash = compat.flash_attention(cache.layout.head_size)
-            prefill.attend(plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, out)
+            prefill.attend(
+                plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, self._buffers.sms, out
+            )
         if longest:
             torch.ops.hierasparse.decode(
                 *step, *caches, query, out, scale,

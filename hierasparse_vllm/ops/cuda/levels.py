@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from hierasparse_vllm.page import HEAD_SIZES, PageLayout
+from hierasparse_vllm.page import HEAD_SIZES, SUBS, PageLayout
 
 AUTO = "auto"
 EXPAND = "expand"
@@ -30,6 +31,8 @@ class Level:
         Directions of V's groups of four.
     capabilities : tuple or None
         Compute capabilities; None is every one that the extension has code for.
+    fastest : callable
+        Whether ``auto`` takes it for a layout, if it can serve the layer: what was measured in an engine on an H200.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Level:
     head_sizes: tuple[int, ...] = HEAD_SIZES
     value_axes: tuple[str, ...] = ("channel", "token")
     capabilities: tuple[tuple[int, int], ...] | None = None
+    fastest: Callable[[PageLayout], bool] = lambda layout: False
 
     def against(self, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> str | None:
         """Why the kernel cannot serve a layer, in half a sentence; None if it can."""
@@ -60,9 +64,11 @@ LEVELS = {
             head_sizes=(64, 128),
             value_axes=("token",),
             capabilities=((9, 0),),
+            # Not with dense sub-blocks, nor with 64 channels: docs/kernels.md.
+            fastest=lambda layout: layout.head_size == 128 and layout.sparse_k == layout.sparse_v == SUBS,
         ),
         Level("mma_sp"),
-        Level(EXPAND),
+        Level(EXPAND, fastest=lambda layout: True),
     )
 }
 
@@ -98,7 +104,8 @@ def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: P
                 f"{', '.join(map(repr, (AUTO, *able)))}"
             )
         return wish, "option prefill_kernel"
-    return EXPAND, "the fastest as measured on an H200"
+    able = (level for level in LEVELS.values() if level.against(capability, dtype, layout) is None)
+    return next(level.name for level in able if level.fastest(layout)), "the fastest as measured on an H200"
 
 
 def _show(value) -> str:

@@ -1,12 +1,15 @@
 """What a prefill step does: decided on the host, once per step, from the requests' lengths.
 
-A tile (`Tile`) is at most 256 queries with one compressed length.  What a step's long requests read falls into parts.
-The dense part is one FlashAttention call: each tile over its tokens of the window cache, read in place.  Pages are read
-by one launch of a fused kernel, whose tiles are shorter (`page_tiles`), or expanded for one FlashAttention call over
-all requests for
+A tile (`Tile`) is at most 256 queries with one compressed length.  What a step's long requests read falls into parts,
+each of them one FlashAttention call over all requests or one launch of a fused kernel:
 
-* pages that all tiles of a request read: the whole request over contiguous expanded rows;
-* pages that only its later tiles read: each tile over its share of expanded pages.
+* the window: each tile over its dense tokens, read in place;
+* pages that only a request's later tiles read: each tile over its share of expanded pages.  If they fit into the
+  workspace together with the window's rows, both are one call, in which keys lie as in a dense cache;
+* pages that all tiles of a request read: the whole request over contiguous expanded rows, as many pages at a time as
+  the workspace holds.
+
+A fused kernel reads all pages itself; its tiles are shorter (`page_tiles`).
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ class Call:
         Each row's own number, -1 for rows without keys; None if there are no such rows.
     pages : Tensor or None, int32
         Ids of the pages to expand first.
+    blocks : Tensor or None, int32
+        Window blocks whose rows are to be copied behind the expanded ones; `PAGE_TOKENS` / window_block are a page.
     """
 
     rows: slice
@@ -65,6 +70,7 @@ class Call:
     key_start: torch.Tensor | None = None
     merged: torch.Tensor | None = None
     pages: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
 
 
 @dataclass
@@ -93,6 +99,7 @@ class Plan:
     Parameters
     ----------
     dense : Call
+        Each tile over its dense tokens, and over pages too if it has ``pages``.
     parts : list of Call
         Over expanded pages.
     unwritten : tuple of Tensor, int64
@@ -199,12 +206,17 @@ def make_plan(batch: Batch, requests: list[Request], how: int | Grid) -> Plan:
     """
     upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
     borders = [(mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for mine in tiles]
-    calls = [_dense_call(upload, batch, requests, tiles)]
     fused = _fused(upload, requests, batch.rule, how) if isinstance(how, Grid) else None
+    if fused is None and not isinstance(how, Grid) and 0 < _stairs_pages(requests, borders) <= how:
+        calls = [_stairs_call(upload, batch, requests, tiles)]
+        later = []
+    else:
+        calls = [_dense_call(upload, batch, requests, tiles)]
+        later = [(i, first, last) for i, (first, last) in enumerate(borders)]
     if not isinstance(how, Grid):
         for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], how):
             calls.append(_shared_call(upload, batch, requests, slab))
-        for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders)], how):
+        for slab in _slabs(later, how):
             calls.append(_tiled_call(upload, batch, requests, tiles, slab))
     width = batch.window_table.shape[1]
     last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
@@ -264,6 +276,7 @@ def _call(
     window_table: torch.Tensor | None = None,
     pages: np.ndarray | None = None,
     page_table: torch.Tensor | None = None,
+    blocks: np.ndarray | None = None,
 ) -> Callable[[Callable], Call]:
     """Upload a call's arrays; what is returned makes the call of the uploaded tensors.
 
@@ -274,9 +287,11 @@ def _call(
     table : ndarray or None
         Row of blocks of each sequence; without it keys lie side by side.
     window_table : Tensor or None
-        If given, ``table`` has places of this block table, not blocks.
+        If given, ``blocks``, or else ``table``, has places of this block table, not blocks.
     pages : ndarray or None
         Places of ``page_table`` of the pages to expand.
+    blocks : ndarray or None
+        Of the window, to be copied.
     """
     lo, hi = sequences[0][0], sequences[-1][0] + sequences[-1][1]
     starts, given = _without_gaps(sequences, lo)
@@ -291,13 +306,15 @@ def _call(
         rows = np.zeros((len(keys), table.shape[1]), np.int64)
         rows[given] = table
         places |= {"keys": upload.add(keys), "table": upload.add(rows)}
-    if pages is not None:
-        places["pages"] = upload.add(pages)
+    for name, array in (("pages", pages), ("blocks", blocks)):
+        if array is not None:
+            places[name] = upload.add(array)
 
     def make(get: Callable) -> Call:
         made = {name: get(place) for name, place in places.items()}
         if window_table is not None:
-            made["table"] = _look_up(window_table, made["table"])
+            of_window = "table" if blocks is None else "blocks"
+            made[of_window] = _look_up(window_table, made[of_window])
         if pages is not None:
             made["pages"] = _look_up(page_table, made["pages"])
         return Call(slice(lo, hi), max_queries=int(queries.max()), max_keys=int(keys.max()), **made)
@@ -330,6 +347,36 @@ def _dense_call(upload: _Upload, batch: Batch, requests, tiles) -> Callable[[Cal
     # The columns behind a sequence's last block are not read, but must be in the table.
     columns = np.minimum(np.array(firsts)[:, None] + np.arange(blocks), width - 1)
     return _call(upload, sequences, np.array(rows)[:, None] + columns, batch.window_table)
+
+
+def _stairs_pages(requests, borders) -> int:
+    """Pages of workspace that `_stairs_call` takes; 0 if all tiles of every request read the same pages."""
+    expanded = sum(last - first for first, last in borders)
+    dense = sum((r.length - 1) // PAGE_TOKENS + 1 - first for r, (first, _) in zip(requests, borders))
+    return expanded and expanded + dense
+
+
+def _stairs_call(upload: _Upload, batch: Batch, requests, tiles) -> Callable[[Callable], Call]:
+    """Each tile over the pages that it, but not all of its request, reads, and over its dense tokens behind them."""
+    per_page, width = PAGE_TOKENS // batch.window_block, batch.window_table.shape[1]
+    spans = [(i, mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for i, mine in enumerate(tiles)]
+    sequences, table, blocks, at = [], [], [], 0
+    dense_at = sum(last - first for _, first, last in spans)  # dense pages lie behind all expanded ones
+    for request, mine, (_, first, last) in zip(requests, tiles, spans):
+        end = (request.length - 1) // PAGE_TOKENS + 1
+        for tile in mine:
+            border, keys = tile.compressed // PAGE_TOKENS, tile.position + tile.queries
+            sequences.append((request.first_row + tile.row, tile.queries, keys - first * PAGE_TOKENS))
+            dense = np.arange(border, (keys - 1) // PAGE_TOKENS + 1) - first
+            table.append(np.concatenate((at + np.arange(border - first), dense_at + dense)))
+        # Behind the last block that has tokens that one again: its rows can be read.
+        of_request = np.minimum(np.arange(first * per_page, end * per_page), (request.length - 1) // batch.window_block)
+        blocks.append(request.index * width + of_request)
+        at, dense_at = at + last - first, dense_at + end - first
+    widest = max(map(len, table))
+    table = np.stack([np.pad(row, (0, widest - len(row)), mode="edge") for row in table])
+    pages = _pages_of(spans, batch, requests)
+    return _call(upload, sequences, table, batch.window_table, pages, batch.page_table, np.concatenate(blocks))
 
 
 def _slabs(spans: list[tuple[int, int, int]], slab_pages: int) -> Iterable[list[tuple[int, int, int]]]:
