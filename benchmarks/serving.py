@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""vLLM with our cache (default options; preset balanced) beside stock vLLM (bf16 and fp8 KV cache): decode steps,
-prefill, and requests that fit.
+"""vLLM with our cache (default options; preset balanced; V along tokens) beside stock vLLM (bf16 and fp8 KV cache):
+decode steps, prefill, and requests that fit.
 
     python benchmarks/serving.py --list
     python benchmarks/serving.py --model .gpu-model/llama-3.1-8b --out benchmarks/results/h200.json --keep measured.json
@@ -31,29 +31,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
+
+from served import CASES, FP8, RIVALS, WAYS
+
 from hierasparse_vllm import results
 from hierasparse_vllm.bench.cases import SHOWN
 from hierasparse_vllm.options import SECTION, Options
 
-OURS, BALANCED, STOCK, FP8 = "ours", "balanced", "stock", "fp8"
-ARMS = (STOCK, FP8, OURS, BALANCED)
+ARMS = (*RIVALS, *WAYS)
 SPEED, RESIDENT = "speed", "resident"
-WAYS = {OURS: ("", {}), BALANCED: ("-balanced", {"preset": "balanced"})}
-"""Suffix of the ids and options of each way to run our cache: the default ones, and preset balanced."""
-RIVALS = {STOCK: ("", "vLLM, bf16 KV cache"), FP8: ("-vs-fp8", "vLLM, fp8 KV cache")}
-"""Suffix of the ids and name of each rival."""
-CASES = {
-    "serve-decode-8x32768": 1.33,
-    "serve-decode-4x120000": 1.42,
-    "serve-decode-32x8192": 1.18,
-    "serve-decode-1x120000": None,
-    "serve-decode-32x512": 0.95,
-    "serve-prefill-4x120000": 1.10,
-    "serve-prefill-8x8192": 0.97,
-    "serve-resident-32768": 1.6,
-    "serve-resident-120000": 1.65,
-}
-"""Ids, and the ratio to the bf16 cache that we want to reach."""
 UNITS = {"decode": ("ms/step", True), "prefill": ("tokens/s", False), "resident": ("requests", False)}
 """Unit, and whether less of it is better."""
 SETTLE, STEPS = 8, 64
@@ -115,7 +102,7 @@ def layers(model: str) -> int:
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """Our options in this process."""
-    return WAYS[args.child][1] | json.loads(args.options)
+    return WAYS[args.child].options | json.loads(args.options)
 
 
 def child(args: argparse.Namespace) -> None:
@@ -294,7 +281,7 @@ def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[
     for id in ids:
         case = Case.parse(id)
         unit, less = UNITS[case.kind]
-        for (way, (preset, _)), (arm, (suffix, name)) in itertools.product(WAYS.items(), RIVALS.items()):
+        for (way, how), (arm, other) in itertools.product(WAYS.items(), RIVALS.items()):
             ours, rival = (measured.get(x, {}).get(id) for x in (way, arm))
             if ours is None or rival is None:
                 continue
@@ -304,7 +291,7 @@ def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[
             about |= {"failed": [name for name, x in ((way, ours), (arm, rival)) if not x["good"]]}
             out.append(
                 results.row(
-                    id + preset + suffix, "serving", about, ours["value"], rival["value"], name, unit,
+                    id + how.suffix + other.suffix, "serving", about, ours["value"], rival["value"], other.name, unit,
                     less_is_better=less, gate=ours["good"] and rival["good"],
                 )
             )  # fmt: skip
@@ -315,7 +302,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table; the speed of a red row is not shown."""
     lines = [f"{'id':32} {'ours':>10} {'rival':>10} {'unit':10} {'ratio':>6}  target"]
     for row in rows:
-        target = CASES.get(row["id"])
+        target = CASES[row["id"]].target if row["id"] in CASES else None
         if row["gate"] == "red":
             why = "requests were preempted or left out of a step, or the reference ops ran"
             lines.append(f"{row['id']:32} RED: {', '.join(row['case']['failed'])}: {why}")
@@ -358,7 +345,8 @@ def main() -> int:
     ids = [id for id in CASES if any(fnmatch(id, glob) for glob in args.only)]
     cases = [Case.parse(id) for id in ids or args.only]
     if args.list:
-        print("\n".join(case.id + ("" if CASES.get(case.id) is None else f"  {CASES[case.id]:g}") for case in cases))
+        print("\n".join(f"{id}  {served.what}{'' if served.target is None else f'; target {served.target:g}'}"
+                        for id, served in CASES.items() if id in {case.id for case in cases}))  # fmt: skip
         return 0
     if not args.model:
         parser.error("--model is needed")

@@ -171,9 +171,11 @@ def _decode(id: str, batch: int, tokens: int, target: float | None, options: dic
     return Case(f"decode-{id}", "attend", batch, tokens, 1, target, options=options, **kw)
 
 
-def _chunk(queries: str, kernel: str, target: float | None, options: dict[str, Any]) -> Case:
-    id = f"chunk{queries}-ctx131072-{kernel.replace('_', '')}"
-    return Case(id, "attend", 1, 131072, int(queries), target, options=options | {"prefill_kernel": kernel})
+def _chunk(
+    queries: int, kernel: str, target: float | None, tokens: int = 131072, options: dict[str, Any] = TOKEN
+) -> Case:
+    id = f"chunk{queries}-ctx{tokens}-{kernel.replace('_', '')}"
+    return Case(id, "attend", 1, tokens, queries, target, options=options | {"prefill_kernel": kernel})
 
 
 CASES = (
@@ -194,11 +196,13 @@ CASES = (
     Case("compress-prefill", "update", 8, 8192, 8192, 0.6, COPY),
     # Between two page borders, so nothing fills; short, since the length changes nothing.
     Case("update-decode", "update", 32, 1100, 1, None, STORE),
-    _chunk("8192", "expand", 0.93, TOKEN),
-    _chunk("2048", "expand", 0.80, TOKEN),
-    _chunk("8192", "mma_sp", 0.9, TOKEN),
-    _chunk("8192", "wgmma_sp", 1.15, TOKEN),
-    _chunk("2048", "wgmma_sp", 1.15, TOKEN),
+    _chunk(8192, "expand", 0.93),
+    _chunk(2048, "expand", 0.80),
+    _chunk(8192, "expand", None, 8192),
+    _chunk(8192, "mma_sp", 0.9),
+    _chunk(8192, "wgmma_sp", 1.15),
+    _chunk(2048, "wgmma_sp", 1.15),
+    _chunk(8192, "wgmma_sp", None, 8192),
     # As an engine with default options runs it.
     Case("chunk8192-ctx131072-vchannel", "attend", 1, 131072, 8192, 1.0, options=CHANNEL),
     Case(

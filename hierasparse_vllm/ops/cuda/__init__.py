@@ -79,10 +79,10 @@ class CudaOps:
             self.count = torch.zeros(1, dtype=torch.int64, device=device)
 
     def reserve(self, out: torch.Tensor) -> None:
-        # Per value: a partial result in the model's dtype, and the sum in float32 (with the log-sum-exps, 4 / D).
-        need = out.numel() * (out.itemsize + 5)
+        # Per value, with the log-sum-exps (4 / D): partial results, or one of them and the sum in float32.
+        part = out.numel() * (out.itemsize + 1)
+        need = max(prefill.MOST_AT_ONCE * part, part + 4 * out.numel())
         if self.level != levels.EXPAND:  # more partial results, if there is room
-            part = out.numel() * (out.itemsize + 1)
             need = max(need, part + min((MOST_SPLITS - 1) * part, self._prefill_mib << 20))
         torch.empty(need, dtype=torch.uint8, device=out.device)
 

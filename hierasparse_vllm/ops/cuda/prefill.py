@@ -11,6 +11,8 @@ from hierasparse_vllm.page import PAGE_TOKENS
 
 FLASH_ROWS = 128
 """Rows, of a query head each, of a CTA of FlashAttention."""
+MOST_AT_ONCE = 3
+"""Partial results that wait to be merged at once; `CudaOps.reserve` keeps memory for them."""
 
 
 def attend(
@@ -60,22 +62,28 @@ def attend(
     _, lse = run(plan.dense, keys, values, True, out[rows])
     if plan.fused is not None:
         attend_pages(plan.fused, query, fused, out, lse, rows.start)
-    if not plan.parts:
-        return
-    into, into_lse = out[rows], lse
-    if len(plan.parts) > 1:  # partial results are summed in float32
-        into = torch.empty_like(into, dtype=torch.float32, memory_format=torch.contiguous_format)
-        into_lse = torch.full_like(lse, -torch.inf)
-    for call in plan.parts:
+
+    def run_expanded(call: Call, into=None):
         k, v = (x[: len(call.pages)] for x in workspace)
         expand(call.pages, k, v)
         if call.key_start is not None:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
-        part, part_lse = run(call, k, v, False)
+        return run(call, k, v, False, into)
+
+    if len(plan.parts) <= MOST_AT_ONCE and all(call.rows == rows and call.merged is None for call in plan.parts):
+        parts = out.new_empty(len(plan.parts), *out[rows].shape)
+        lses = [run_expanded(call, part)[1] for call, part in zip(plan.parts, parts)]
+        if lses:
+            merge(out[rows], lse, parts, torch.stack(lses), None)
+        return
+    # One after the other, in float32.
+    into = torch.empty_like(out[rows], dtype=torch.float32, memory_format=torch.contiguous_format)
+    into_lse = torch.full_like(lse, -torch.inf)
+    for call in plan.parts:
+        part, part_lse = run_expanded(call)
         mine = slice(call.rows.start - rows.start, call.rows.stop - rows.start)
         merge(into[mine], into_lse[:, mine], part, part_lse, call.merged)
-    if len(plan.parts) > 1:
-        merge(out[rows], lse, into, into_lse, None)
+    merge(out[rows], lse, into, into_lse, None)
 
 
 def side_by_side(call: Call, window, expand, workspace) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,49 @@
+"""What serving.py measures, and how speed_tables.py names it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from hierasparse_vllm.options import Options
+
+
+class Served(NamedTuple):
+    """A case in words, and the ratio to the bf16 cache that we want to reach."""
+
+    what: str
+    target: float | None
+
+
+class Way(NamedTuple):
+    """A way to run our cache: suffix of its rows' ids, options, and how tables call it."""
+
+    suffix: str
+    options: dict[str, Any]
+    shown: str
+
+
+class Rival(NamedTuple):
+    """Suffix of the ids and name of a rival."""
+
+    suffix: str
+    name: str
+
+
+OURS, BALANCED, TOKEN, STOCK, FP8 = "ours", "balanced", "vtoken", "stock", "fp8"
+WAYS = {
+    OURS: Way("", {}, f"default (`{Options.preset}`)"),
+    TOKEN: Way("-vtoken", {"value_axis": "token"}, "V along tokens"),
+    BALANCED: Way("-balanced", {"preset": "balanced"}, "`balanced`"),
+}
+RIVALS = {STOCK: Rival("", "vLLM, bf16 KV cache"), FP8: Rival("-vs-fp8", "vLLM, fp8 KV cache")}
+CASES = {
+    "serve-decode-8x32768": Served("decode, 8 requests × 32 768 tokens", 1.33),
+    "serve-decode-4x120000": Served("decode, 4 × 120 000", 1.42),
+    "serve-decode-32x8192": Served("decode, 32 × 8 192", 1.18),
+    "serve-decode-1x120000": Served("decode, 1 × 120 000", None),
+    "serve-decode-32x512": Served("decode, 32 × 512", 0.95),
+    "serve-prefill-4x120000": Served("prefill, 4 × 120 000", 1.10),
+    "serve-prefill-8x8192": Served("prefill, 8 × 8 192", 0.97),
+    "serve-resident-32768": Served("requests of 32 768 tokens that fit", 1.6),
+    "serve-resident-120000": Served("requests of 120 000 tokens that fit", 1.65),
+}
