@@ -139,6 +139,9 @@ def child(args: argparse.Namespace) -> None:
             tell(same[0].id, most, most > 0, tried=tried)
             continue
         rate, step, fine = engine.speed(requests, tokens)
+        if args.profile:
+            for line in engine.profile(requests, tokens, args.profile):
+                print("PROFILE", line, flush=True)
         for case in same:
             value = rate if case.kind == "prefill" else step
             tell(case.id, value, fine)
@@ -216,6 +219,34 @@ class Engine:
         self.end(got)
         return rate, step, fine
 
+    def profile(self, requests: int, tokens: int, steps: int) -> list[str]:
+        """Which kernels the GPU runs in some steps of a prefill and of decoding, and how long it runs none."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        got, out = self.add(requests, tokens), []
+        for kind in ("prefill", "decode"):
+            while kind == "decode" and not all(got.values()):
+                self.step(got)
+            for _ in range(2):  # what is made anew, and the step that only starts another one
+                self.step(got)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            with profile(activities=[ProfilerActivity.CUDA]) as prof:
+                for _ in range(steps):
+                    self.step(got)
+                torch.cuda.synchronize()
+            wall = (time.perf_counter() - start) / steps * 1e3
+            events = sorted(prof.key_averages(), key=lambda event: -event.device_time_total)
+            busy = sum(event.device_time_total for event in events) / steps / 1e3
+            out.append(f"{requests} x {tokens}, a step of {kind}: {wall:.2f} ms, of which kernels run {busy:.2f} ms")
+            out += [
+                f"{event.device_time_total / steps / 1e3:9.3f} ms {event.count / steps:7.1f} x  {event.key[:110]}"
+                for event in events[:24]
+            ]
+        self.end(got)
+        return out
+
     def resident(self, tokens: int) -> tuple[int, dict[int, bool]]:
         """Most requests of ``tokens`` tokens that decode at once, and every number tried with its outcome."""
         from residency import held_by_request
@@ -262,6 +293,8 @@ def run_arm(args: argparse.Namespace, arm: str, part: str, cases: list[Case], ta
     for line in process.stdout:
         if line.startswith("RESULT "):
             take(*json.loads(line[7:]))
+        elif line.startswith("PROFILE "):
+            print(line[8:], end="", flush=True)
         else:
             tail.append(line)
         if log:
@@ -327,6 +360,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--resident-layers", type=int, default=2, metavar="N", help="layers that are run, with their share of it")
     add("--chunk", type=int, default=8192, metavar="N", help="max_num_batched_tokens")
     add("--extra", metavar="JSON", default="{}", help="further arguments of vLLM's LLM, for every arm")
+    add("--profile", type=int, default=0, metavar="STEPS", help="show which kernels so many steps of each shape run")
     add("--limit", type=float, default=400, metavar="SECONDS", help="longest time of one process")
     add("--keep", type=Path, metavar="FILE", help="keep what each arm measured here, for later calls with other arms")
     add("--logs", type=Path, metavar="FOLDER", help="vLLM's output, a file for each process")

@@ -98,7 +98,7 @@ __device__ __forceinline__ void finish(const DecodeParams& p, State<kD, kTiles>&
 // All parts of a lane, added up in the order of the line, whoever does it; `threads` threads from number `thread` on.
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void merge(const DecodeParams& p, const Plan& plan, int thread, int threads) {
-  constexpr int kAhead = 8;  // parts in flight
+  constexpr int kAhead = 17;  // parts in flight; a request that has 264 CTAs and eight heads to itself has 33
   const int first = plan.sharers.owner, count = plan.sharers.count;
 #pragma unroll 1
   for (int i = thread; i < 8 * kTiles * (kD / 4); i += threads) {

@@ -50,9 +50,8 @@ def test_decode_over_page_borders_in_graphs_agrees_with_prefill(llm, model):
         prompt = model[1][:n]
         (answer,) = ask(llm, [prompt], 300)
         steps = forced(llm, prompt + answer.tokens)[n - 1 :]
-        leads = [lead for best, lead in steps]
-        assert max(leads) < 2 * TIE, n
-        equal = [best == token for (best, _), token in zip(steps, answer.tokens)]
+        assert max(judged.lead for judged in steps) < 2 * TIE, n
+        equal = [judged.best == token for judged, token in zip(steps, answer.tokens)]
         tied = [gap < TIE for gap in answer.gaps]
         assert all(e or t for e, t in zip(equal, tied)), n
         # What decode steps compressed is what a later request reads.
