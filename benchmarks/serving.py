@@ -220,11 +220,20 @@ class Engine:
         return rate, step, fine
 
     def profile(self, requests: int, tokens: int, steps: int) -> list[str]:
-        """Which kernels the GPU runs in some steps of a prefill and of decoding, and how long it runs none."""
+        """How long the steps of a prefill take, and which kernels some of them and of decoding run."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        got, out = self.add(requests, tokens), []
+        got, took = self.add(requests, tokens), [time.perf_counter()]
+        while not all(got.values()):
+            self.step(got)
+            took.append(time.perf_counter())
+        self.end(got)
+        out = [f"{requests} x {tokens}, ms of each step of the prefill:"]
+        out[0] += "".join(f" {(b - a) * 1e3:.1f}" for a, b in itertools.pairwise(took))
+        if not torch.cuda.is_available():
+            return out
+        got = self.add(requests, tokens)
         for kind in ("prefill", "decode"):
             while kind == "decode" and not all(got.values()):
                 self.step(got)

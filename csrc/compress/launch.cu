@@ -1,11 +1,6 @@
 // Chooses the instantiation; the kernels themselves are compiled in instantiations/.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "../common/device.h"
+#include "../common/dispatch.h"
 #include "launch.h"
 
 namespace hierasparse {
@@ -20,24 +15,6 @@ void require(bool good, const char* sentence) {
   if (!good) throw std::runtime_error(std::string("HieraSparse: store and compress: ") + sentence);
 }
 
-// Most bytes of shared memory that a block may have.
-int shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-
-template <typename T>
-cudaError_t with_dtype(const StoreCompressParams& p, cudaStream_t stream) {
-  switch (p.cache.layout.head_size) {
-    case 64:
-      return run<T, 64>(p, shared_limit(), stream);
-    case 128:
-      return run<T, 128>(p, shared_limit(), stream);
-    case 256:
-      return run<T, 256>(p, shared_limit(), stream);
-    default:
-      throw std::runtime_error("HieraSparse: store and compress has kernels for head sizes 64, 128 and 256, not for " +
-                               std::to_string(p.cache.layout.head_size) + ".");
-  }
-}
-
 }  // namespace
 }  // namespace compress
 
@@ -48,12 +25,13 @@ void launch_store_compress(const StoreCompressParams& p, cudaStream_t stream) {
   compress::require(p.cache.layout.value_bytes == 2, "a stored value must have two bytes.");
   compress::require(p.sms > 0, "the number of SMs must be positive.");
   if (p.rows <= 0 || p.batch.requests <= 0) return;
-  const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? compress::with_dtype<__half>(p, stream)
-                                                             : compress::with_dtype<__nv_bfloat16>(p, stream);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("HieraSparse: the store and compress kernel was not launched: ") +
-                             cudaGetErrorString(error));
-  }
+  const int shared_limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const cudaError_t error = with_dtype(p.cache.dtype, [&](auto dtype) {
+    return with_head_size(p.cache.layout.head_size, "store and compress", [&](auto d) {
+      return compress::run<typename decltype(dtype)::type, decltype(d)::value>(p, shared_limit, stream);
+    });
+  });
+  check_launched(error, "store and compress");
 }
 
 }  // namespace hierasparse

@@ -1,12 +1,8 @@
 // Chooses the instantiation; the kernels themselves are compiled in instantiations/.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "../common/device.h"
+#include "../common/dispatch.h"
 #include "../common/log2.h"
 #include "launch.h"
 #include "stream.cuh"
@@ -42,26 +38,6 @@ cudaError_t with_tiles(const DecodeParams& p, cudaStream_t stream) {
   return run<T, kD, kTokens, 1>(p, stream);
 }
 
-template <typename T, int kD>
-cudaError_t with_axis(const DecodeParams& p, cudaStream_t stream) {
-  return p.cache.value_axis_token ? with_tiles<T, kD, true>(p, stream) : with_tiles<T, kD, false>(p, stream);
-}
-
-template <typename T>
-cudaError_t with_dtype(const DecodeParams& p, cudaStream_t stream) {
-  switch (p.cache.layout.head_size) {
-    case 64:
-      return with_axis<T, 64>(p, stream);
-    case 128:
-      return with_axis<T, 128>(p, stream);
-    case 256:
-      return with_axis<T, 256>(p, stream);
-    default:
-      throw std::runtime_error("HieraSparse: decode has kernels for head sizes 64, 128 and 256, not for " +
-                               std::to_string(p.cache.layout.head_size) + ".");
-  }
-}
-
 }  // namespace
 }  // namespace decode
 
@@ -81,12 +57,15 @@ void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   }
   if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
   if (p.batch.requests == 0) return;
-  const cudaError_t error = p.cache.dtype == Dtype::kFloat16 ? decode::with_dtype<__half>(p, stream)
-                                                             : decode::with_dtype<__nv_bfloat16>(p, stream);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("HieraSparse: the decode kernel was not launched: ") +
-                             cudaGetErrorString(error));
-  }
+  const cudaError_t error = with_dtype(p.cache.dtype, [&](auto dtype) {
+    return with_head_size(p.cache.layout.head_size, "decode", [&](auto d) {
+      return with_flag(p.cache.value_axis_token, [&](auto tokens) {
+        using T = typename decltype(dtype)::type;
+        return decode::with_tiles<T, decltype(d)::value, decltype(tokens)::value>(p, stream);
+      });
+    });
+  });
+  check_launched(error, "decode");
 }
 
 }  // namespace hierasparse

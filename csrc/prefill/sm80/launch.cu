@@ -1,8 +1,6 @@
 // Chooses the instantiation; the kernels themselves are compiled in instantiations/.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../../common/device.h"
+#include "../../common/dispatch.h"
 #include "../checks.h"
 #include "launch.h"
 #include "params.h"
@@ -13,31 +11,6 @@ namespace prefill_sm80 {
 template <typename T, int kD, bool kTokens>
 cudaError_t run(const PrefillParams& p, int shared_bytes, cudaStream_t stream);
 
-namespace {
-
-template <typename T, int kD>
-cudaError_t with_axis(const PrefillParams& p, cudaStream_t stream) {
-  const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return p.cache.value_axis_token ? run<T, kD, true>(p, shared_bytes, stream)
-                                  : run<T, kD, false>(p, shared_bytes, stream);
-}
-
-template <typename T>
-cudaError_t with_dtype(const PrefillParams& p, cudaStream_t stream) {
-  switch (p.cache.layout.head_size) {
-    case 64:
-      return with_axis<T, 64>(p, stream);
-    case 128:
-      return with_axis<T, 128>(p, stream);
-    case 256:
-      return with_axis<T, 256>(p, stream);
-    default:
-      throw std::runtime_error("HieraSparse: prefill has kernels for head sizes 64, 128 and 256, not for " +
-                               std::to_string(p.cache.layout.head_size) + ".");
-  }
-}
-
-}  // namespace
 }  // namespace prefill_sm80
 
 int prefill_sm80_columns(int head_size) { return prefill_sm80::columns_of(head_size); }
@@ -45,8 +18,16 @@ int prefill_sm80_columns(int head_size) { return prefill_sm80::columns_of(head_s
 void launch_prefill_sm80(const PrefillParams& p, cudaStream_t stream) {
   if (p.tile_count == 0) return;
   check_prefill(p);
-  check_launched(p.cache.dtype == Dtype::kFloat16 ? prefill_sm80::with_dtype<__half>(p, stream)
-                                                  : prefill_sm80::with_dtype<__nv_bfloat16>(p, stream));
+  const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const cudaError_t error = with_dtype(p.cache.dtype, [&](auto dtype) {
+    return with_head_size(p.cache.layout.head_size, "prefill", [&](auto d) {
+      return with_flag(p.cache.value_axis_token, [&](auto tokens) {
+        using T = typename decltype(dtype)::type;
+        return prefill_sm80::run<T, decltype(d)::value, decltype(tokens)::value>(p, shared_bytes, stream);
+      });
+    });
+  });
+  check_launched(error, "prefill");
 }
 
 }  // namespace hierasparse

@@ -1,4 +1,5 @@
 // Chooses the instantiation; the kernels themselves are compiled in instantiations/.
+#include "../../common/dispatch.h"
 #include "../checks.h"
 #include "launch.h"
 
@@ -14,13 +15,6 @@ void require(bool good, const char* sentence) {
   if (!good) throw std::runtime_error(std::string("HieraSparse: prefill on sm_90a: ") + sentence);
 }
 
-template <int kD>
-cudaError_t with_sparsity(const PrefillParams& p, cudaStream_t stream) {
-  const PageLayout& layout = p.cache.layout;
-  return layout.sparse_k == kSubs && layout.sparse_v == kSubs ? run_shape<kD, false>(p, stream)
-                                                              : run_shape<kD, true>(p, stream);
-}
-
 }  // namespace
 }  // namespace prefill90
 
@@ -34,7 +28,12 @@ void launch_prefill_sm90(const PrefillParams& p, cudaStream_t stream) {
   prefill90::require(p.splits > 0, "the number of splits must be positive.");
   check_prefill(p);
   if (p.tile_count == 0) return;
-  check_launched(head_size == 64 ? prefill90::with_sparsity<64>(p, stream) : prefill90::with_sparsity<128>(p, stream));
+  const bool mixed = p.cache.layout.sparse_k < kSubs || p.cache.layout.sparse_v < kSubs;
+  const cudaError_t error = with_flag(mixed, [&](auto mixed) {
+    return head_size == 64 ? prefill90::run_shape<64, decltype(mixed)::value>(p, stream)
+                           : prefill90::run_shape<128, decltype(mixed)::value>(p, stream);
+  });
+  check_launched(error, "prefill");
 }
 
 }  // namespace hierasparse
