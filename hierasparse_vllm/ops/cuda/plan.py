@@ -206,27 +206,24 @@ def make_plan(batch: Batch, requests: list[Request], how: int | Grid) -> Plan:
     """
     upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
     borders = [(mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for mine in tiles]
-    fused = _fused(upload, requests, batch.rule, how) if isinstance(how, Grid) else None
-    if fused is None and not isinstance(how, Grid) and 0 < _stairs_pages(requests, borders) <= how:
-        calls = [_stairs_call(upload, batch, requests, tiles)]
-        later = []
+    fused, parts = None, []
+    if isinstance(how, Grid):
+        fused, dense = _fused(upload, requests, batch.rule, how), _dense_call(upload, batch, requests, tiles)
     else:
-        calls = [_dense_call(upload, batch, requests, tiles)]
-        later = [(i, first, last) for i, (first, last) in enumerate(borders)]
-    if not isinstance(how, Grid):
+        as_one = 0 < _stairs_pages(requests, borders) <= how
+        dense = (_stairs_call if as_one else _dense_call)(upload, batch, requests, tiles)
         for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], how):
-            calls.append(_shared_call(upload, batch, requests, slab))
-        for slab in _slabs(later, how):
-            calls.append(_tiled_call(upload, batch, requests, tiles, slab))
+            parts.append(_shared_call(upload, batch, requests, slab))
+        for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders) if not as_one], how):
+            parts.append(_tiled_call(upload, batch, requests, tiles, slab))
     width = batch.window_table.shape[1]
     last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
     blocks = upload.add(np.repeat([place for place, _ in last], [n for _, n in last]))
     offsets = upload.add(np.concatenate([np.arange(batch.window_block - n, batch.window_block) for _, n in last]))
 
     get = upload.send(batch.seq_lens.device)
-    dense, *parts = [make(get) for make in calls]
     unwritten = _look_up(batch.window_table, get(blocks)).long(), get(offsets).long()
-    return Plan(dense, parts, unwritten, fused and fused(get))
+    return Plan(dense(get), [part(get) for part in parts], unwritten, fused and fused(get))
 
 
 def page_tiles(requests: list[Request], rule: ReadRule, queries: int) -> tuple[np.ndarray, np.ndarray]:
