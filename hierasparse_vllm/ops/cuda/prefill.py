@@ -76,14 +76,16 @@ def attend(
         if lses:
             merge(out[rows], lse, parts, torch.stack(lses), None)
         return
-    # One after the other, in float32.
-    into = torch.empty_like(out[rows], dtype=torch.float32, memory_format=torch.contiguous_format)
-    into_lse = torch.full_like(lse, -torch.inf)
+    into, into_lse = out[rows], lse
+    if len(plan.parts) > 1:  # one after the other: summed in float32
+        into = torch.empty_like(into, dtype=torch.float32, memory_format=torch.contiguous_format)
+        into_lse = torch.full_like(lse, -torch.inf)
     for call in plan.parts:
         part, part_lse = run_expanded(call)
         mine = slice(call.rows.start - rows.start, call.rows.stop - rows.start)
         merge(into[mine], into_lse[:, mine], part, part_lse, call.merged)
-    merge(out[rows], lse, into, into_lse, None)
+    if len(plan.parts) > 1:
+        merge(out[rows], lse, into, into_lse, None)
 
 
 def side_by_side(call: Call, window, expand, workspace) -> tuple[torch.Tensor, torch.Tensor]:
