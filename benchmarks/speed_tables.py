@@ -98,7 +98,6 @@ def others(rows: Rows) -> list[str]:
         ("chunk2048-ctx131072-expand", "prefill, 2 048 queries at 131 072 tokens; FlashAttention-3", 0.80),
         ("chunk2048-ctx131072-wgmmasp", "by `wgmma_sp`", 1.15),
         ("chunk8192-ctx8192-expand", "prefill of 8 192 tokens; FlashAttention-3", None),
-        ("chunk8192-ctx8192-wgmmasp", "by `wgmma_sp`", None),
     ):
         if id in rows:
             r, unit = rows[id], rows[id]["unit"].replace("us", "µs")

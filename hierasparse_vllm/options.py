@@ -72,8 +72,9 @@ _SCHEMA: dict[str, dict[str, Any]] = {
     "prefill_workspace_mib": {
         "type": "integer",
         "minimum": 1,
-        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand pages for prefill, or keep "
-        "partial results; any context fits, a small workspace takes more rounds.",
+        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand pages for prefill; any "
+        "context fits, a small workspace takes more rounds. A fused kernel keeps partial results in up to as much "
+        "again.",
     },
     "prefill_kernel": {
         "enum": ["auto", "wgmma_sp", "mma_sp", "expand"],

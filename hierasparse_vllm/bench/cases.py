@@ -202,7 +202,6 @@ CASES = (
     _chunk(8192, "mma_sp", 0.9),
     _chunk(8192, "wgmma_sp", 1.15),
     _chunk(2048, "wgmma_sp", 1.15),
-    _chunk(8192, "wgmma_sp", None, 8192),
     # As an engine with default options runs it.
     Case("chunk8192-ctx131072-vchannel", "attend", 1, 131072, 8192, 1.0, options=CHANNEL),
     Case(

@@ -82,7 +82,7 @@ def merge_on_the_cpu():
 class PlannedOps(ReferenceOps):
     """The reference ops with the CUDA ops' prefill for requests of more than 16 queries.
 
-    ``how`` is as for `make_plan`.
+    ``how`` are `make_plan`'s room and grid.
     """
 
     def __init__(self, how):
@@ -92,20 +92,20 @@ class PlannedOps(ReferenceOps):
     def attend(self, query, batch, cache, scale, out):
         requests = long_requests(batch, LONGEST_DECODE)
         if requests:
-            plan = make_plan(batch, requests, self.how)
+            plan = make_plan(batch, requests, *self.how)
             self.calls += len(plan.parts) + (plan.fused is not None)
             heads, d, dtype = cache.window.shape[1], cache.layout.head_size, cache.window.dtype
-            slab_pages = self.how if isinstance(self.how, int) else 0
-            workspace = torch.full((2, slab_pages, 256, heads, d), torch.nan, dtype=dtype)
+            room = self.how[0]
+            workspace = torch.full((2, room, 256, heads, d), torch.nan, dtype=dtype)
 
             def expand(ids, k, v):
-                assert len(ids) == len(k) <= slab_pages and ids.dtype == torch.int32
+                assert len(ids) == len(k) <= room and ids.dtype == torch.int32
                 for x, rows in zip(unpacked(cache, ids, dtype), (k, v)):
                     rows.copy_(x)
 
-            def fused(tiles, q, parts, lse):
-                for tile in tiles.tolist():
-                    attend_tile(tile, q, parts, lse, batch, cache, scale)
+            def fused(work, q, parts, lse):
+                for tile in work.tiles.tolist():
+                    attend_tile(tile, q, parts, lse, batch, work.rule, cache, scale)
 
             def recorded(q, *args, num_splits, **kw):
                 self.splits.append((len(q) * q.shape[1], num_splits))
@@ -127,11 +127,10 @@ def unpacked(cache: LayerCache, ids, dtype):
     return [x.transpose(1, 2) for x in sides]
 
 
-def attend_tile(tile, q, parts, lse, batch, cache, scale):
+def attend_tile(tile, q, parts, lse, batch, rule, cache, scale):
     """What a fused kernel does with a tile: each query over its share of each split's pages."""
     request, row, queries, position, computed = tile
-    borders = [batch.rule.compressed_below(computed if batch.rule.own_chunk_dense else position + i)
-               for i in range(queries)]  # fmt: skip
+    borders = [rule.compressed_below(computed if rule.own_chunk_dense else position + i) for i in range(queries)]
     n, splits = borders[-1] // 256, len(parts)
     ids = batch.page_table[request, :n].long()
     assert n > 0 and (ids > 0).all()
@@ -157,7 +156,9 @@ def engine(how, window=256, chunk=False, **kw):
     return e
 
 
-@pytest.mark.parametrize("how", [1, 100, FUSED], ids=["a page", "100 pages", "fused"])
+@pytest.mark.parametrize(
+    "how", [(1,), (100,), (1, FUSED), (100, FUSED)], ids=["a page", "100 pages", "fused", "fused, 100 pages"]
+)
 @pytest.mark.parametrize("window, chunk", [(0, False), (256, False), (512, False), (0, True), (256, True)])
 def test_chunks_decodes_and_several_prefills(how, window, chunk):
     e = engine(how, window, chunk, blocks=120, seed=1)
@@ -172,7 +173,7 @@ def test_chunks_decodes_and_several_prefills(how, window, chunk):
     assert all(n == (rows >= 128 * SMS) for rows, n in e.ops.splits) and len({n for _, n in e.ops.splits}) == 2
 
 
-@pytest.mark.parametrize("how", [2, FUSED], ids=["2 pages", "fused"])
+@pytest.mark.parametrize("how", [(2,), (2, FUSED), (90, FUSED)], ids=["2 pages", "fused", "fused, 90 pages"])
 def test_prompts_around_page_borders(how):
     e = engine(how, blocks=90)
     prompts = [e.sequence(n) for n in (17, 255, 256, 257, 511, 512, 513)]
@@ -181,7 +182,7 @@ def test_prompts_around_page_borders(how):
 
 def test_calls_of_a_chunk_behind_a_long_context():
     """What a request reads as a whole is one sequence over contiguous rows, in slabs; the rest one call of tiles."""
-    e = engine(4)
+    e = engine((4,))
     seq = e.sequence(3000)
     e.step([(seq, 2000)])
     batch = e.batch([(seq, 700)])
@@ -198,7 +199,7 @@ def test_calls_of_a_chunk_behind_a_long_context():
 
 def test_a_chunk_whose_pages_and_window_fit_is_one_call():
     """Keys of the tiles as in a dense cache: pages that only later tiles read, then the window's rows."""
-    e = engine(8)
+    e = engine((8,))
     seqs = [e.sequence(n) for n in (3000, 40, 600)]
     e.step([(seqs[0], 2000)])
     batch = e.batch([(seqs[0], 700), (seqs[1], 20), (seqs[2], 17)])
@@ -216,7 +217,7 @@ def test_a_chunk_whose_pages_and_window_fit_is_one_call():
 @pytest.mark.parametrize("queries", [12, 48, 192])
 def test_tiles_of_a_fused_kernel(queries, window, chunk):
     """Every query with pages is in one tile, no other is, and the heaviest tile comes first."""
-    e = engine(4, window, chunk, blocks=100)
+    e = engine((4,), window, chunk, blocks=100)
     seqs = [e.sequence(n) for n in (3000, 700, 20)]
     e.step([(seqs[0], 1900)])
     batch = e.batch([(seqs[0], 1100), (seqs[1], 700), (seqs[2], 20)])
@@ -255,7 +256,7 @@ def test_splits_fill_whole_waves():
 
 
 def test_lengths_come_from_the_host_where_vllm_tells_them():
-    e = engine(4)
+    e = engine((4,))
     seq = e.sequence(400)
     batch = e.batch([(seq, 300), (seq, 0)])
     batch.host_lens = batch.seq_lens.clone()

@@ -72,8 +72,7 @@ class CudaOps:
             return
         self._shape, capability = shape, torch.cuda.get_device_capability(device)
         self.level, _ = levels.choose(self._prefill_kernel, capability, dtype, layout)
-        expands = self.level == levels.EXPAND
-        self._buffers = buffers(device, layout.head_size, kv_heads, dtype, self._prefill_mib if expands else 0)
+        self._buffers = buffers(device, layout.head_size, kv_heads, dtype, self._prefill_mib)
         self._expanded = self._buffers.expanded_pages(kv_heads, layout.head_size, dtype)
         if self.count is None:
             self.count = torch.zeros(1, dtype=torch.int64, device=device)
@@ -97,12 +96,12 @@ class CudaOps:
     def attend(self, query: torch.Tensor, batch: Batch, cache: LayerCache, scale: float, out: torch.Tensor) -> None:
         caches = library.cache_arguments(cache, self._tables_of(cache).k_order)
         step = library.batch_arguments(batch)
-        how = self._how(query)
+        how = len(self._expanded[0]), self._grid(query)
         if ("plan", how) not in batch.derived:  # what follows from lengths on the host, once per step
             lengths = batch.query_start.diff()
             decoded = lengths[lengths <= LONGEST_DECODE]
             requests = long_requests(batch, LONGEST_DECODE)
-            plan = make_plan(batch, requests, how) if requests else None
+            plan = make_plan(batch, requests, *how) if requests else None
             batch.derived["plan", how] = plan, int(decoded.max()) if len(decoded) else 0
         plan, longest = batch.derived["plan", how]
         if plan is not None:  # first, since FlashAttention also writes the rows of decodes between two prefills
@@ -110,8 +109,9 @@ class CudaOps:
             def expand(ids, k, v):
                 torch.ops.hierasparse.expand(*caches, ids, k, v)
 
-            def fused(tiles, q, parts, lse):
-                torch.ops.hierasparse.prefill(*step, *caches, self.level, tiles, q, parts, lse, scale)
+            def fused(work, q, parts, lse):
+                own = library.batch_arguments(batch, work.rule)
+                torch.ops.hierasparse.prefill(*own, *caches, self.level, work.tiles, q, parts, lse, scale)
 
             if self._flash is None:
                 self._flash = compat.flash_attention(cache.layout.head_size)
@@ -124,10 +124,10 @@ class CudaOps:
                 longest, self._buffers.ctas, self._buffers.workspace, self._buffers.counters,
             )  # fmt: skip
 
-    def _how(self, query: torch.Tensor) -> int | Grid:
-        """What `make_plan` needs to know of the kernel that reads pages."""
+    def _grid(self, query: torch.Tensor) -> Grid | None:
+        """What `make_plan` needs to know of the fused kernel, if there is one."""
         if self.level == levels.EXPAND:
-            return len(self._expanded[0])
+            return None
         _, heads, d = query.shape
         kv_heads = self._shape[3]
         columns = extension.load().prefill_columns(self.level, d)

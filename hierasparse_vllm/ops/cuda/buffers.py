@@ -52,14 +52,14 @@ def buffers(device: torch.device, head_size: int, kv_heads: int, dtype: torch.dt
     Parameters
     ----------
     prefill_mib : int
-        Mebibytes of `Buffers.expanded`; it holds at least one page.  With 0 it is empty, if nobody needs it.
+        Mebibytes of `Buffers.expanded`; it holds at least one page.
     """
     c, have = extension.load(), _BUFFERS.get(device)
     with torch.cuda.device(device):
         ctas = c.decode_ctas()
     floats = c.decode_workspace_floats(head_size=head_size, ctas=ctas)
     page = 2 * kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
-    dense = max(prefill_mib << 20, page) if prefill_mib else 0
+    dense = max(prefill_mib << 20, page)
     if have is None or have.workspace.numel() < floats or have.expanded.numel() < dense:
         room = (floats, dense) if have is None else (max(floats, len(have.workspace)), max(dense, len(have.expanded)))
         _BUFFERS[device] = have = Buffers(

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from hierasparse_vllm import extension
-from hierasparse_vllm.ops.batch import Batch
+from hierasparse_vllm.ops.batch import Batch, ReadRule
 from hierasparse_vllm.ops.cache import LayerCache
 
 _BATCH = "Tensor query_start, Tensor seq_lens, Tensor page_table, Tensor window_table, int[] step"
@@ -20,8 +20,8 @@ _CACHE_WRITTEN = "Tensor(a!) pages, Tensor(b!) window, int[] layout, Tensor k_or
 _LIBRARY = torch.library.Library("hierasparse", "DEF")
 
 
-def batch_arguments(batch: Batch) -> tuple:
-    """A step as operators take it.
+def batch_arguments(batch: Batch, rule: ReadRule | None = None) -> tuple:
+    """A step as operators take it; under another rule than the batch's if one is given.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def batch_arguments(batch: Batch) -> tuple:
     """
     if batch.query_start_device is None:
         batch.query_start_device = batch.query_start.to(batch.seq_lens.device, non_blocking=True)
-    rule = batch.rule
+    rule = rule or batch.rule
     return (
         batch.query_start_device, batch.seq_lens, batch.page_table, batch.window_table,
         [batch.window_block, rule.local_window, int(rule.own_chunk_dense)],

@@ -7,9 +7,8 @@ each of them one FlashAttention call over all requests or one launch of a fused 
 * pages that only a request's later tiles read: each tile over its share of expanded pages.  If they fit into the
   workspace together with the window's rows, both are one call, in which keys lie as in a dense cache;
 * pages that all tiles of a request read: the whole request over contiguous expanded rows, as many pages at a time as
-  the workspace holds.
-
-A fused kernel reads all pages itself; its tiles are shorter (`page_tiles`).
+  the workspace holds; or a fused kernel, which reads pages as they are.  Its tiles are shorter (`page_tiles`), and if
+  what only later tiles read does not fit into the workspace, it reads that too.
 """
 
 from __future__ import annotations
@@ -85,11 +84,14 @@ class Fused:
         See `page_tiles`; their rows count from ``rows``.
     splits : int
         Into how many parts the pages of each tile are cut.
+    rule : ReadRule
+        Which pages each query reads in this launch.
     """
 
     rows: slice
     tiles: torch.Tensor
     splits: int
+    rule: ReadRule
 
 
 @dataclass
@@ -194,27 +196,30 @@ def long_requests(batch: Batch, longest_decode: int) -> list[Request]:
     return [r for r in out if r.computed >= 0]
 
 
-def make_plan(batch: Batch, requests: list[Request], how: int | Grid) -> Plan:
+def make_plan(batch: Batch, requests: list[Request], room: int, grid: Grid | None = None) -> Plan:
     """Plan the work of ``requests`` (at least one).
 
     Parameters
     ----------
     batch : Batch
     requests : list of Request
-    how : int or Grid
-        Pages of a slab, which are expanded at once; or the grid of a fused kernel.
+    room : int
+        Pages that the workspace holds.
+    grid : Grid or None
+        Of the fused kernel, if one reads pages.
     """
     upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
     borders = [(mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for mine in tiles]
+    as_one = 0 < _stairs_pages(requests, borders) <= room
+    dense = (_stairs_call if as_one else _dense_call)(upload, batch, requests, tiles)
     fused, parts = None, []
-    if isinstance(how, Grid):
-        fused, dense = _fused(upload, requests, batch.rule, how), _dense_call(upload, batch, requests, tiles)
+    if grid is not None:  # what all queries of a chunk read is what they would if the chunk saw itself dense
+        rule = ReadRule(batch.rule.local_window, own_chunk_dense=True) if as_one else batch.rule
+        fused = _fused(upload, requests, rule, grid)
     else:
-        as_one = 0 < _stairs_pages(requests, borders) <= how
-        dense = (_stairs_call if as_one else _dense_call)(upload, batch, requests, tiles)
-        for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], how):
+        for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], room):
             parts.append(_shared_call(upload, batch, requests, slab))
-        for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders) if not as_one], how):
+        for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders) if not as_one], room):
             parts.append(_tiled_call(upload, batch, requests, tiles, slab))
     width = batch.window_table.shape[1]
     last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
@@ -258,7 +263,7 @@ def _fused(upload: _Upload, requests: list[Request], rule: ReadRule, grid: Grid)
     lo, hi = int(tiles[:, 1].min()), int((tiles[:, 1] + tiles[:, 2]).max())
     tiles[:, 1] -= lo
     splits, place = grid.splits(pages, hi - lo), upload.add(tiles)
-    return lambda get: Fused(slice(lo, hi), get(place), splits)
+    return lambda get: Fused(slice(lo, hi), get(place), splits, rule)
 
 
 def _look_up(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

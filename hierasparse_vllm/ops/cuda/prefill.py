@@ -32,7 +32,7 @@ def attend(
     workspace : tuple of Tensor
         Room for dense K and V [pages, 256, H, D].
     fused : callable
-        ``fused(tiles, query, parts, lse)`` writes attention of tiles over their pages: `library.prefill`.
+        ``fused(work, query, parts, lse)`` writes attention of tiles over their pages: `library.prefill`.
     scale : float
     sms : int
         Multiprocessors of the device.
@@ -106,6 +106,6 @@ def attend_pages(work: Fused, query, fused, out: torch.Tensor, lse: torch.Tensor
     parts = torch.empty(work.splits, n, heads, d, dtype=out.dtype, device=out.device)
     # Rows of no tile, which read no page, are not written.
     parts_lse = torch.full((work.splits, heads, n), -torch.inf, dtype=torch.float32, device=out.device)
-    fused(work.tiles, query[rows], parts, parts_lse)
+    fused(work, query[rows], parts, parts_lse)
     mine = slice(rows.start - first_row, rows.stop - first_row)
     torch.ops.hierasparse.merge(out[rows], lse[:, mine], parts, parts_lse, None)
