@@ -388,8 +388,9 @@ def main() -> int:
     ids = [id for id in CASES if any(fnmatch(id, glob) for glob in args.only)]
     cases = [Case.parse(id) for id in ids or args.only]
     if args.list:
-        print("\n".join(f"{id}  {served.what}{'' if served.target is None else f'; target {served.target:g}'}"
-                        for id, served in CASES.items() if id in {case.id for case in cases}))  # fmt: skip
+        for case in cases:
+            what, target = CASES.get(case.id, ("another one of this form", None))
+            print(f"{case.id}  {what}" + ("" if target is None else f"; target {target:g}"))
         return 0
     if not args.model:
         parser.error("--model is needed")

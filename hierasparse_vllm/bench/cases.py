@@ -171,11 +171,9 @@ def _decode(id: str, batch: int, tokens: int, target: float | None, options: dic
     return Case(f"decode-{id}", "attend", batch, tokens, 1, target, options=options, **kw)
 
 
-def _chunk(
-    queries: int, kernel: str, target: float | None, tokens: int = 131072, options: dict[str, Any] = TOKEN
-) -> Case:
+def _chunk(queries: int, kernel: str, target: float | None, tokens: int = 131072) -> Case:
     id = f"chunk{queries}-ctx{tokens}-{kernel.replace('_', '')}"
-    return Case(id, "attend", 1, tokens, queries, target, options=options | {"prefill_kernel": kernel})
+    return Case(id, "attend", 1, tokens, queries, target, options=TOKEN | {"prefill_kernel": kernel})
 
 
 CASES = (

@@ -27,9 +27,10 @@ def test_reference_ops_choose_the_same_tokens(model):
     with engine(model[0], "reference") as other:
         decoded = [forced(other, p + a.tokens)[len(p) - 1 :] for p, a in zip(prompts, answers)]
         theirs = forced(other, text)
-    tokens = [token for a in answers for token in a.tokens] + [judged.best for judged in mine]
-    clear, everywhere = agreement(tokens, [*sum(decoded, []), *theirs])
-    assert clear >= 0.99 and everywhere >= 0.96, (clear, everywhere)
+    greedy = agreement([token for a in answers for token in a.tokens], sum(decoded, []))
+    of_text = agreement([judged.best for judged in mine], theirs)
+    assert min(greedy) >= 0.99, greedy
+    assert of_text[0] >= 0.99 and of_text[1] >= 0.96, of_text
     assert max(judged.lead for steps in decoded for judged in steps) < 2 * TIE
 
 

@@ -20,12 +20,17 @@ def kernel(request):
     return request.param
 
 
-def attend(case, mib=64, kernel="expand"):
-    from hierasparse_vllm.ops.cuda import CudaOps, levels
+def skip_unless_served(kernel, dtype, layout):
+    from hierasparse_vllm.ops.cuda import levels
 
-    dtype = case.query.dtype
-    if reason := levels.LEVELS[kernel].against(torch.cuda.get_device_capability(), dtype, case.layout):
+    if reason := levels.LEVELS[kernel].against(torch.cuda.get_device_capability(), dtype, layout):
         pytest.skip(f"{kernel}: {reason}")
+
+
+def attend(case, mib=64, kernel="expand"):
+    from hierasparse_vllm.ops.cuda import CudaOps
+
+    skip_unless_served(kernel, case.query.dtype, case.layout)
     ops = CudaOps(prefill_mib=mib, prefill_kernel=kernel)
     out = torch.full_like(case.query, torch.nan)
     ops.attend(case.query, case.batch, case.cache, case.scale, out)
@@ -138,6 +143,7 @@ def test_steps_of_store_compress_and_attend(axis, kernel, window, chunk):
     from hierasparse_vllm.page import PageLayout
 
     layout = PageLayout(128, 2, 4, 2, axis, 1, True)
+    skip_unless_served(kernel, BF16, layout)
     e = Engine(
         layout,
         BF16,

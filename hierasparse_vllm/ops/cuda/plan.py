@@ -209,17 +209,21 @@ def make_plan(batch: Batch, requests: list[Request], room: int, grid: Grid | Non
         Of the fused kernel, if one reads pages.
     """
     upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
-    borders = [(mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for mine in tiles]
-    as_one = 0 < _stairs_pages(requests, borders) <= room
-    dense = (_stairs_call if as_one else _dense_call)(upload, batch, requests, tiles)
+    # Pages that only later tiles of a request read; all of its tiles read those before them.
+    later = [(i, mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for i, mine in enumerate(tiles)]
+    as_one = 0 < _stairs_pages(requests, later) <= room
+    if as_one:
+        dense = _stairs_call(upload, batch, requests, tiles, later)
+    else:
+        dense = _dense_call(upload, batch, requests, tiles)
     fused, parts = None, []
     if grid is not None:  # what all queries of a chunk read is what they would if the chunk saw itself dense
         rule = ReadRule(batch.rule.local_window, own_chunk_dense=True) if as_one else batch.rule
         fused = _fused(upload, requests, rule, grid)
     else:
-        for slab in _slabs([(i, 0, first) for i, (first, _) in enumerate(borders)], room):
+        for slab in _slabs([(i, 0, first) for i, first, _ in later], room):
             parts.append(_shared_call(upload, batch, requests, slab))
-        for slab in _slabs([(i, first, last) for i, (first, last) in enumerate(borders) if not as_one], room):
+        for slab in _slabs([] if as_one else later, room):
             parts.append(_tiled_call(upload, batch, requests, tiles, slab))
     width = batch.window_table.shape[1]
     last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
@@ -351,21 +355,24 @@ def _dense_call(upload: _Upload, batch: Batch, requests, tiles) -> Callable[[Cal
     return _call(upload, sequences, np.array(rows)[:, None] + columns, batch.window_table)
 
 
-def _stairs_pages(requests, borders) -> int:
+def _end_page(request: Request) -> int:
+    """The page behind a request's last token."""
+    return -(-request.length // PAGE_TOKENS)
+
+
+def _stairs_pages(requests, later) -> int:
     """Pages of workspace that `_stairs_call` takes; 0 if all tiles of every request read the same pages."""
-    expanded = sum(last - first for first, last in borders)
-    dense = sum((r.length - 1) // PAGE_TOKENS + 1 - first for r, (first, _) in zip(requests, borders))
-    return expanded and expanded + dense
+    expanded = sum(last - first for _, first, last in later)
+    return expanded and expanded + sum(_end_page(requests[i]) - first for i, first, _ in later)
 
 
-def _stairs_call(upload: _Upload, batch: Batch, requests, tiles) -> Callable[[Callable], Call]:
+def _stairs_call(upload: _Upload, batch: Batch, requests, tiles, later) -> Callable[[Callable], Call]:
     """Each tile over the pages that it, but not all of its request, reads, and over its dense tokens behind them."""
     per_page, width = PAGE_TOKENS // batch.window_block, batch.window_table.shape[1]
-    spans = [(i, mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for i, mine in enumerate(tiles)]
     sequences, table, blocks, at = [], [], [], 0
-    dense_at = sum(last - first for _, first, last in spans)  # dense pages lie behind all expanded ones
-    for request, mine, (_, first, last) in zip(requests, tiles, spans):
-        end = (request.length - 1) // PAGE_TOKENS + 1
+    dense_at = sum(last - first for _, first, last in later)  # dense pages lie behind all expanded ones
+    for request, mine, (_, first, last) in zip(requests, tiles, later):
+        end = _end_page(request)
         for tile in mine:
             border, keys = tile.compressed // PAGE_TOKENS, tile.position + tile.queries
             sequences.append((request.first_row + tile.row, tile.queries, keys - first * PAGE_TOKENS))
@@ -377,7 +384,7 @@ def _stairs_call(upload: _Upload, batch: Batch, requests, tiles) -> Callable[[Ca
         at, dense_at = at + last - first, dense_at + end - first
     widest = max(map(len, table))
     table = np.stack([np.pad(row, (0, widest - len(row)), mode="edge") for row in table])
-    pages = _pages_of(spans, batch, requests)
+    pages = _pages_of(later, batch, requests)
     return _call(upload, sequences, table, batch.window_table, pages, batch.page_table, np.concatenate(blocks))
 
 

@@ -62,6 +62,8 @@ def attend(
     _, lse = run(plan.dense, keys, values, True, out[rows])
     if plan.fused is not None:
         attend_pages(plan.fused, query, fused, out, lse, rows.start)
+    if not plan.parts:
+        return
 
     def run_expanded(call: Call, into=None):
         k, v = (x[: len(call.pages)] for x in workspace)
@@ -73,8 +75,7 @@ def attend(
     if len(plan.parts) <= MOST_AT_ONCE and all(call.rows == rows and call.merged is None for call in plan.parts):
         parts = out.new_empty(len(plan.parts), *out[rows].shape)
         lses = [run_expanded(call, part)[1] for call, part in zip(plan.parts, parts)]
-        if lses:
-            merge(out[rows], lse, parts, torch.stack(lses), None)
+        merge(out[rows], lse, parts, torch.stack(lses), None)
         return
     into, into_lse = out[rows], lse
     if len(plan.parts) > 1:  # one after the other: summed in float32
