@@ -104,42 +104,35 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define HS_LIST_48                                                                                                 \
+// N = 96; a thread has 48 numbers of d.
+#define HS_LIST                                                                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
   "%46, %47"
-#define HS_LIST_64 HS_LIST_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define HS_OUT_8(i)                                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define HS_OUT_48 HS_OUT_8(0), HS_OUT_8(8), HS_OUT_8(16), HS_OUT_8(24), HS_OUT_8(32), HS_OUT_8(40)
-#define HS_OUT_64 HS_OUT_48, HS_OUT_8(48), HS_OUT_8(56)
+#define HS_OUT HS_OUT_8(0), HS_OUT_8(8), HS_OUT_8(16), HS_OUT_8(24), HS_OUT_8(32), HS_OUT_8(40)
 
-// N columns in R registers; A0 and so on are the numbers of the operands behind them.
-#define HS_WGMMA(N, R, A0, A1, A2, A3, B, P, M, SEL)                                                                \
-  __device__ __forceinline__ void wgmma(float(&d)[R], const uint4& a, uint64_t b, bool add) {                       \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N               \
-                 "k16.f32.bf16.bf16 {" HS_LIST_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B              \
-                                                   ", p, 1, 1, 0;\n}"                                               \
-                 : HS_OUT_##R                                                                                       \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));                     \
-  }                                                                                                                 \
-  template <int kSelector>                                                                                          \
-  __device__ __forceinline__ void wgmma_sp(float(&d)[R], const uint4& a, uint32_t metadata, uint64_t b, bool add) { \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sp.sync.aligned.m64n" #N            \
-                 "k32.f32.bf16.bf16 {" HS_LIST_##R "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", %" #M     \
-                                                   ", %" #SEL ", p, 1, 1, 0;\n}"                                    \
-                 : HS_OUT_##R                                                                                       \
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)), "r"(metadata),       \
-                   "n"(kSelector));                                                                                 \
-  }
-HS_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54, 55)
-HS_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70, 71)
-#undef HS_WGMMA
+// A dense, k = 16.
+__device__ __forceinline__ void wgmma(float (&d)[48], const uint4& a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\nwgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" HS_LIST
+      "}, {%48, %49, %50, %51}, %52, p, 1, 1, 0;\n}"
+      : HS_OUT
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)));
+}
+// A 2:4, k = 32; kSelector says which lanes' metadata is meant.
+template <int kSelector>
+__device__ __forceinline__ void wgmma_sp(float (&d)[48], const uint4& a, uint32_t metadata, uint64_t b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\nwgmma.mma_async.sp.sync.aligned.m64n96k32.f32.bf16.bf16 {" HS_LIST
+      "}, {%48, %49, %50, %51}, %52, %54, %55, p, 1, 1, 0;\n}"
+      : HS_OUT
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(static_cast<int>(add)), "r"(metadata), "n"(kSelector));
+}
+#undef HS_OUT
 #undef HS_OUT_8
-#undef HS_OUT_48
-#undef HS_OUT_64
-#undef HS_LIST_48
-#undef HS_LIST_64
+#undef HS_LIST
 
 }  // namespace hierasparse

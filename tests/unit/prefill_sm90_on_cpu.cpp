@@ -18,7 +18,7 @@ using namespace hierasparse;
 template <class S>
 static void run(const PrefillParams& p) {
   memset(prefill90::memory, 0xff, sizeof prefill90::memory);  // NaN
-  emulation::launch(p.tile_count * p.cache.kv_heads * p.splits, prefill90::kThreads,
+  emulation::launch(p.tile_count * p.cache.kv_heads * p.splits, S::kThreads,
                     [&] { prefill90::prefill_kernel<S>(prefill90::Arguments(p)); });
   for (const auto& [thread, left] : products) {
     require(left.open.empty() && left.groups.empty(), "a product was never waited for");
@@ -51,11 +51,9 @@ int main(int, char** arguments) {
   const bool mixed = sparse_k < kSubs || sparse_v < kSubs;
   using namespace prefill90;
   if (d == 64) {
-    mixed ? run<Shape<64, prefill_sm90_group_columns(64), true>>(p) : run<Shape<64, prefill_sm90_group_columns(64), false>>(p);
-  } else if (mixed) {
-    run<Shape<128, prefill_sm90_group_columns(128), true>>(p);
+    mixed ? run<Shape<64, true>>(p) : run<Shape<64, false>>(p);
   } else {
-    run<Shape<128, prefill_sm90_group_columns(128), false>>(p);
+    mixed ? run<Shape<128, true>>(p) : run<Shape<128, false>>(p);
   }
   write(folder + "out", out), write(folder + "lse", lse);
 }

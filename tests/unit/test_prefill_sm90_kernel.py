@@ -10,7 +10,7 @@ from hierasparse_vllm.page import PAGE_TOKENS
 from tests.gpu import decode_cases
 from tests.unit import on_cpu
 
-COLUMNS = {64: 256, 128: 192}  # of a CTA
+COLUMNS = {64: 288, 128: 192}  # of a CTA
 
 
 @pytest.fixture(scope="module")

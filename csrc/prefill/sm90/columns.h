@@ -2,10 +2,13 @@
 
 namespace hierasparse {
 
-// Columns (query, head of the group) of one warpgroup: what its registers hold.
-constexpr int prefill_sm90_group_columns(int head_size) { return head_size == 64 ? 128 : 96; }
+// Warpgroups with columns of their own, and how many (query, head of the group) each has: what registers hold.
+constexpr int prefill_sm90_consumers(int head_size) { return head_size == 64 ? 3 : 2; }
+constexpr int kPrefillSm90GroupColumns = 96;
 
-// Most columns of a tile: those of a CTA, whose two warpgroups have their own.
-constexpr int prefill_sm90_columns(int head_size) { return 2 * prefill_sm90_group_columns(head_size); }
+// Most columns of a tile: those of a CTA.
+constexpr int prefill_sm90_columns(int head_size) {
+  return prefill_sm90_consumers(head_size) * kPrefillSm90GroupColumns;
+}
 
 }  // namespace hierasparse

@@ -137,7 +137,7 @@ __device__ __forceinline__ void store_outputs(const Arguments& p, const Work& wo
 template <class S>
 __device__ __forceinline__ void store_nothing(const Arguments& p, const Work& work) {
   const float zeros[8] = {};
-  for (int i = thread_index(); i < work.columns() * (S::kD / 8); i += kThreads) {
+  for (int i = thread_index(); i < work.columns() * (S::kD / 8); i += S::kThreads) {
     const int column = i / (S::kD / 8), piece = i % (S::kD / 8);
     store_row(p, work, column, 8 * piece, zeros);
     if (piece == 0) {

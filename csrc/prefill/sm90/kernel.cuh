@@ -1,9 +1,9 @@
 // Fused attention of long chunks over 2:4 pages on Hopper's sparse tensor cores (wgmma.sp).
 //
 // Keys are the rows of S^T = K q^T and channels those of O^T = V^T P^T, so that the stored 2:4 form is operand A, which
-// goes from the ring of stages into registers; operand B, queries and probabilities, is in shared memory.  Two
+// goes from the ring of stages into registers; operand B, queries and probabilities, is in shared memory.  Two or three
 // warpgroups with 96 columns each take the same sub-blocks: while one works out exponentials, the tensor cores have the
-// other's products.
+// others' products.
 //
 // No maximum is kept up to date.  Probabilities (bfloat16), O and the sums (float32) share float32's range, so
 // exp2(score - top) is right for any `top` within about 2^60 of the true maximum: it is taken from one sub-block, and
@@ -31,14 +31,14 @@ __device__ __forceinline__ void consume(const Arguments& p, const Work& work, ui
 #pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
     if (local < S::kN) store_shared_float(shared + S::kTops + column * 4, 0.f);
-    barrier_sync(kWithMeans, kWithMeansThreads);
+    barrier_sync(kWithMeans, S::kWithMeansThreads);
     consumer.find_tops(pages, attempt > 0, sinks);
-    barrier_sync(kWithMeans, kWithMeansThreads);
+    barrier_sync(kWithMeans, S::kWithMeansThreads);
     sum = consumer.attend(pages, sinks);
     const bool sees = local < S::kN && column < work.columns() &&
                       static_cast<int>(load_shared4(shared + S::kBorders + column * 4)) > work.first * kPageTokens;
     if (attempt == 0 && sees && !good(sum)) store_shared4(shared + S::kAgain, 1);
-    barrier_sync(kAll, kThreads);
+    barrier_sync(kAll, S::kThreads);
     if (load_shared4(shared + S::kAgain) == 0) break;
   }
   // The ring has been read: O takes its place.  Weights of sinks take that of the probabilities.
@@ -59,22 +59,22 @@ __device__ __forceinline__ void attend_tile(const Arguments& p, uint8_t* memory)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(shared + S::full(i), 1);
-      mbarrier_init(shared + S::empty(i), kConsumers * kGroupThreads / kWarp);
+      mbarrier_init(shared + S::empty(i), S::kConsumers * kGroupThreads / kWarp);
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(shared + S::start_full(i), kMeanWarps);
-      mbarrier_init(shared + S::start_empty(i), kConsumers * kGroupThreads / kWarp);
+      mbarrier_init(shared + S::start_empty(i), S::kConsumers * kGroupThreads / kWarp);
     }
     store_shared4(shared + S::kAgain, 0);
     mbarrier_init_done();
   }
-  barrier_sync(kAll, kThreads);
+  barrier_sync(kAll, S::kThreads);
   const int number = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
-  if (number == kConsumers) {
-    fewer_registers<56>();
+  if (number == S::kConsumers) {
+    fewer_registers<S::kFeederRegisters>();
     produce<S>(p, work, shared);
   } else {
-    more_registers<224>();
+    more_registers<S::kConsumerRegisters>();
     // Only a request's page 0 has sinks.
     const bool ask = work.first == 0 && p.cache.layout.sink_tokens > 0;
     const uint32_t word = ask ? __ldg(reinterpret_cast<const uint32_t*>(work.region(p, work.page_id(p, 0)))) : 0;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void attend_tile(const Arguments& p, uint8_t* memory)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ Arguments p) {
+__global__ void __launch_bounds__(S::kThreads, 1) prefill_kernel(const __grid_constant__ Arguments p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t memory[];
   attend_tile<S>(p, memory);
@@ -98,13 +98,13 @@ cudaError_t run(const PrefillParams& p, cudaStream_t stream) {
   const auto kernel = prefill_kernel<S>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
-  kernel<<<p.tile_count * p.cache.kv_heads * p.splits, kThreads, kShared, stream>>>(Arguments(p));
+  kernel<<<p.tile_count * p.cache.kv_heads * p.splits, S::kThreads, kShared, stream>>>(Arguments(p));
   return cudaGetLastError();
 }
 
 template <int kD, bool kMixed>
 cudaError_t run_shape(const PrefillParams& p, cudaStream_t stream) {
-  return run<Shape<kD, prefill_sm90_group_columns(kD), kMixed>>(p, stream);
+  return run<Shape<kD, kMixed>>(p, stream);
 }
 
 }  // namespace hierasparse::prefill90

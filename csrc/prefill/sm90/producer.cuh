@@ -66,16 +66,21 @@ __device__ __forceinline__ uint2 parts(float x) {
 template <class S>
 class Starts {
  public:
-  __device__ __forceinline__ Starts(const Arguments& p, const Work& work, uint32_t shared)
-      : p_(p), work_(work), shared_(shared) {}
+  __device__ __forceinline__ Starts(const Arguments& p, uint32_t shared) : p_(p), shared_(shared) {}
 
-  __device__ __forceinline__ void pages(int first, int end) {
-    for (int page = first; page < end; page += S::kStartPages) {
+  // Of the work's first page, or of all.  Registers run short: what can be found anew is not kept.
+  __device__ __forceinline__ void pages(bool all) {
+#pragma unroll 1
+    for (int at = 0;; at += S::kStartPages, ++batch_) {
+      const Work work(p_, block_index());
+      const int count = all ? work.end - work.first : 1;
+      if (at >= count) return;
       const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
       // Row g of operand A is page g of the batch. What other rows hold does not matter.
-      const bool real = page + g < end && g < S::kStartPages;
-      const uint8_t* from = work_.region(p_, work_.page_id(p_, real ? page + g : page)) + p_.mean_offset;
-      mbarrier_wait(shared_ + S::start_empty(buffer_.at), buffer_.parity ^ 1);
+      const bool real = at + g < count && g < S::kStartPages;
+      const uint8_t* from = work.region(p_, work.page_id(p_, work.first + at + (real ? g : 0))) + p_.mean_offset;
+      const int buffer = batch_ % 2;
+      mbarrier_wait(shared_ + S::start_empty(buffer), batch_ / 2 % 2 ^ 1);
 #pragma unroll 1
       for (int column = 8 * (warp_of_group() - 1); column < S::kColumns; column += 8 * kMeanWarps) {
         const uint32_t row =
@@ -84,35 +89,41 @@ class Starts {
         if (p_.cache.layout.key_mean) {
 #pragma unroll 1  // for want of registers
           for (int s = 0; s < S::kD / 32; ++s) {
-            const uint4 mean = __ldg(reinterpret_cast<const uint4*>(from) + 4 * s + t);
             const int piece = s % 2 * 4 + lane / 8;
             const uint4 q = load_matrices(row + s / 2 * S::kHalf + ((piece ^ lane % 8) << 4));
-            mma<__nv_bfloat16>(dot, mean.x, 0, mean.y, 0, q.x, q.y);
-            mma<__nv_bfloat16>(dot, mean.z, 0, mean.w, 0, q.z, q.w);
+            const uint2* mean = reinterpret_cast<const uint2*>(from) + 8 * s + 2 * t;
+            const uint2 a = __ldg(mean);
+            mma<__nv_bfloat16>(dot, a.x, 0, a.y, 0, q.x, q.y);
+            const uint2 b = __ldg(mean + 1);
+            mma<__nv_bfloat16>(dot, b.x, 0, b.y, 0, q.z, q.w);
           }
         }
-        const float2 top = load_shared_floats(shared_ + S::kTops + (column + 2 * t) * 4);
-        const bool plain = g >= S::kStartPages;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int piece = (buffer_.at * kStartPlaces + g) / 2;
-          store_shared8(
-              shared_ + S::kStarts + (column + 2 * t + e) * kRowBytes + ((piece ^ (2 * t + e)) << 4) + g % 2 * 8,
-              parts((plain ? 0.f : dot[e]) - (e ? top.y : top.x)));
-        }
+        store(column, buffer, dot);
       }
       fence_async();
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared_ + S::start_full(buffer_.at));
-      buffer_.next(2);
+      if (lane == 0) mbarrier_arrive(shared_ + S::start_full(buffer));
     }
   }
 
  private:
+  // q . mean of eight columns and eight pages, as operand A's product leaves it.
+  __device__ __forceinline__ void store(int column, int buffer, const float (&dot)[4]) const {
+    const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
+    const float2 top = load_shared_floats(shared_ + S::kTops + (column + 2 * t) * 4);
+    const bool plain = g >= S::kStartPages;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int piece = (buffer * kStartPlaces + g) / 2;
+      store_shared8(
+          shared_ + S::kStarts + (column + 2 * t + e) * kRowBytes + ((piece ^ (2 * t + e)) << 4) + g % 2 * 8,
+          parts((plain ? 0.f : dot[e]) - (e ? top.y : top.x)));
+    }
+  }
+
   const Arguments& p_;
-  const Work& work_;
   uint32_t shared_;
-  Cursor buffer_;
+  uint32_t batch_ = 0;
 };
 
 template <class S>
@@ -127,18 +138,18 @@ __device__ __forceinline__ void produce(const Arguments& p, const Work& work, ui
         copier.copy(0, subs, true);
       }
       __syncwarp();
-      barrier_sync(kAll, kThreads);
+      barrier_sync(kAll, S::kThreads);
       if (load_shared4(shared + again) == 0) return;
     }
   } else {
-    Starts<S> starts(p, work, shared);
+    Starts<S> starts(p, shared);
 #pragma unroll 1
     for (int pass = 0; pass < 4; ++pass) {  // tops and attention, twice
       // The queries are there and the tops are zero, or the tops are there.
-      barrier_sync(kWithMeans, kWithMeansThreads);
-      starts.pages(work.first, pass == 0 ? work.first + 1 : work.end);
+      barrier_sync(kWithMeans, S::kWithMeansThreads);
+      starts.pages(pass != 0);
       if (pass % 2 == 0) continue;
-      barrier_sync(kAll, kThreads);
+      barrier_sync(kAll, S::kThreads);
       if (load_shared4(shared + again) == 0) return;
     }
   }

@@ -8,10 +8,7 @@
 
 namespace hierasparse::prefill90 {
 
-constexpr int kConsumers = 2;  // warpgroups with columns of their own
 constexpr int kGroupThreads = 128;
-constexpr int kThreads =
-    kGroupThreads * (kConsumers + 1);  // the last warpgroup: a warp that copies, three for the means
 constexpr int kMeanWarps = 3;
 constexpr int kStartPlaces = 8;  // of a batch of pages; two batches are in flight
 constexpr int kMaxStages = 12;
@@ -22,25 +19,31 @@ constexpr int kRowBytes = 128;  // of operand B in shared memory
 // Named barriers.
 enum : int {
   kAll = 0,        // every thread
-  kGroup = 1,      // and kGroup + 1: one consumer
-  kWithMeans = 3,  // all but the warp that copies
-  kTurn = 4,       // and kTurn + 1: a consumer's turn at the tensor cores
+  kWithMeans = 1,  // all but the warp that copies
+  kTurn = 2,       // and two behind it: a consumer's turn at the tensor cores
+  kGroup = 5,      // and two behind it: one consumer
 };
-constexpr int kWithMeansThreads = kThreads - kWarp;
 
 // A thread's place; read anew where it is used, like thread_index().
 __device__ __forceinline__ int lane_of_warp() { return static_cast<unsigned>(thread_index()) % kWarp; }
 __device__ __forceinline__ int warp_of_group() { return static_cast<unsigned>(thread_index()) / kWarp % 4; }
 
-// kD channels; kN columns per consumer; kMixed: some sub-blocks may be dense.
-template <int kD_, int kN_, bool kMixed_>
+// kD channels; kMixed: some sub-blocks may be dense.
+template <int kD_, bool kMixed_>
 struct Shape {
-  static constexpr int kD = kD_, kN = kN_;
+  static constexpr int kD = kD_, kN = kPrefillSm90GroupColumns, kConsumers = prefill_sm90_consumers(kD);
   static constexpr bool kMixed = kMixed_;
+  // The last warpgroup: a warp that copies, three for the means.
+  static constexpr int kThreads = kGroupThreads * (kConsumers + 1), kWithMeansThreads = kThreads - kWarp;
+  // Of a thread: what the CTA is launched with, in steps of eight, is shared out anew.  More than that, and the
+  // consumers would wait for registers for ever.
+  static constexpr int kFeederRegisters = kConsumers == 3 ? 32 : 56;
+  static constexpr int kAllRegisters = 65536 / kThreads / 8 * 8 * (kConsumers + 1);
+  static constexpr int kConsumerRegisters = (kAllRegisters - kFeederRegisters) / kConsumers / 8 * 8;
   // By measurement: whether consumers take turns with their products, and how many of eight exponentials are
   // polynomials.
   static constexpr bool kTurns = !kMixed && kD == 128;
-  static constexpr int kPolynomials = kMixed ? 0 : kD == 64 ? 2 : 1;
+  static constexpr int kPolynomials = !kMixed && kD == 128 ? 1 : 0;
   static constexpr int kColumns = kConsumers * kN;
   static constexpr int kHalf = kN * kRowBytes;         // 64 channels of a consumer's queries, or 64 keys of its P
   static constexpr int kQueryBytes = kD / 64 * kHalf;  // of a consumer
@@ -75,7 +78,7 @@ struct Shape {
 
 // What the kernel is told; its own figures are worked out on the host, since registers run short.
 struct Arguments : PrefillParams {
-  int head_bytes, mean_offset, k_offset, v_offset;
+  uint32_t head_bytes, mean_offset, k_offset, v_offset;  // unsigned: no registers for the upper half of a sign
   float scale_log2;
 
   explicit Arguments(const PrefillParams& p)
@@ -114,7 +117,7 @@ struct Work {
   }
   // The head's region of a page.
   __device__ __forceinline__ const uint8_t* region(const Arguments& p, int id) const {
-    return p.cache.pages + id * p.cache.page_stride + int64_t{kv_head} * p.head_bytes;
+    return p.cache.pages + id * p.cache.page_stride + uint64_t{static_cast<uint32_t>(kv_head)} * p.head_bytes;
   }
 };
 
