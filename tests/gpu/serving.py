@@ -13,6 +13,8 @@ from tests import models  # noqa: F401  (sets vLLM's environment)
 
 TIE = 0.25
 """Difference of two log-probabilities that bfloat16 may turn round."""
+CACHE_BYTES = 4 << 30
+"""Told, not measured, so that several tests can share a GPU."""
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
 
 
@@ -41,8 +43,8 @@ def engine(model: str, ops="cuda", options=None, **kw):
     try:
         llm = LLM(
             model, dtype="bfloat16", skip_tokenizer_init=True, attention_backend="CUSTOM", block_size=256,
-            additional_config={"hierasparse": {"preset": "max", **(options or {})}}, gpu_memory_utilization=0.25,
-            disable_log_stats=False, seed=0, enable_prefix_caching=True, **kw,
+            additional_config={"hierasparse": {"preset": "max", **(options or {})}}, disable_log_stats=False, seed=0,
+            enable_prefix_caching=True, gpu_memory_utilization=0.1, kv_cache_memory_bytes=CACHE_BYTES, **kw,
         )  # fmt: skip
         assert settings.current().ops.name == ops
         yield llm
