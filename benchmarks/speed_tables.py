@@ -105,8 +105,16 @@ def others(rows: Rows) -> list[str]:
         if id in rows:
             r, unit = rows[id], rows[id]["unit"].replace("us", "µs")
             ours, rival = (spaced(round(x)) if x >= 1000 else f"{x:.1f}" for x in (r["ours"], r["rival"]))
-            body.append([f"`{id}`", what, f"{ours} {unit}", f"{rival} {unit}", times(r["ratio"]), goal(targets[id], r)])
-    return markdown(["row", "what; rival", "ours", "rival", "ratio", "target"], body)
+            ratios = [times(r["ratio"]), times(in_turn(r)) if "in_turn_us" in r["case"] else ""]
+            body.append([f"`{id}`", what, f"{ours} {unit}", f"{rival} {unit}", *ratios, goal(targets[id], r)])
+    return markdown(["row", "what; rival", "ours", "rival", "ratio", "launch by launch", "target"], body)
+
+
+def in_turn(row: dict[str, Any]) -> float:
+    """A prefill row's ratio when the two kernels take turns with every launch (docs/benchmarks.md)."""
+    seconds = dict(row["case"]["in_turn_us"])
+    ours = seconds.pop("ours")
+    return min(seconds.values()) / ours
 
 
 PLACES = {
