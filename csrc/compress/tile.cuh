@@ -50,13 +50,13 @@ struct Shared {
     float4 partial[S::kRuns][S::kQuads];  // sums of runs of rows
     uint32_t meta[kSubs][S::kMetaWords];  // then metadata, where the page has it
   };
-  uint2 channels[S::kQuads];           // of K, four a group: byte offset of the channel at each place
-  float4 mean[S::kQuads];              // of K, by place; zero without mean
-  float4 weight[S::kQuads];            // of K, by place; one without weights
-  float by_channel[S::kTiles][S::kD];  // sums of the tiles; then, in the first row, the mean
-  const uint8_t* source[kPageTokens];  // row of each token in global memory
-  uint8_t* target[kPageTokens];        // its place in the window, if the unit is to store it; or null
-  int pages_before[S::kThreads + 1];   // pages that requests before this one fill
+  uint2 channels[S::kQuads];              // of K, four a group: byte offset of the channel at each place
+  float4 mean[S::kQuads];                 // of K, by place; zero without mean
+  float4 weight[S::kQuads];               // of K, by place; one without weights
+  float by_channel[S::kTiles][S::kD];     // sums of the tiles; then, in the first row, the mean
+  const uint8_t* source[kPageTokens];     // row of each token in global memory
+  uint8_t* target[kPageTokens];           // its place in the window, if the unit is to store it; or null
+  int pages_before[S::kThreads + 1];      // pages that requests before this one fill
   alignas(16) int warp_total[S::kWarps];  // so that wide loads of it touch nothing of its neighbour
   // Units of requests before; of those at hand, the first request, units per page, the block's next unit, the number of
   // all, and whether the block's turn is an odd one. Here, as the units, and not in registers, which are scarce.

@@ -20,8 +20,13 @@ static void run(const PrefillParams& p, int pairs) {
   const Arguments a(p, min(room, pairs * Arguments(p, room).pair_bytes));
   memset(prefill_sm80::memory, 0xff, sizeof prefill_sm80::memory);  // NaN
   emulation::launch(p.tile_count * p.cache.kv_heads * p.splits, prefill_sm80::kThreads, [&] {
-    p.cache.value_axis_token ? prefill_sm80::prefill_kernel<T, kD, true>(a)
-                             : prefill_sm80::prefill_kernel<T, kD, false>(a);
+    const bool mixed = p.cache.layout.sparse_k < kSubs || p.cache.layout.sparse_v < kSubs;
+    if (p.cache.value_axis_token) {
+      mixed ? prefill_sm80::prefill_kernel<T, kD, true, true>(a) : prefill_sm80::prefill_kernel<T, kD, true, false>(a);
+    } else {
+      mixed ? prefill_sm80::prefill_kernel<T, kD, false, true>(a)
+            : prefill_sm80::prefill_kernel<T, kD, false, false>(a);
+    }
   });
 }
 

@@ -60,25 +60,25 @@ __device__ __forceinline__ void attend_sinks(const Arguments& a, State<kD, kTile
 }
 
 // All sub-blocks of the CTA's pages.  While one warp of a scheduler is at its exponentials, the other has the tensor
-// cores.
-template <typename T, int kD, bool kTokens, int kTiles>
+// cores.  A warp's products take half of its time, and nothing of the rest overlaps them: what is rare shares a branch.
+template <typename T, int kD, bool kTokens, bool kMixed, int kTiles>
 __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTiles>& state, const Queries<kD, kTiles>& q,
                                              Shared<kD, kTiles>& shared, Copier<kD, kTiles>& copier) {
   constexpr Form kSparseForm = kTokens ? Form::kTokens : Form::kChannels;
+  const auto sparse = [](uint32_t kind) { return !kMixed || (kind & kSparse) != 0; };
   const bool means = a.params.cache.layout.key_mean;
   const int count = (shared.end - shared.begin) * kSubs;
   Reader<kD, kTiles> ring(a, shared);
   Keys<kD> keys;
   uint32_t kind = ring.wait(0, ring.stage());
-  keys.load(ring.keys(ring.stage()), kind & kSparse);
-  auto& own = shared.own[thread_index() / 32];
-  // The lane's columns of means and tops, in shared memory.
-  const uint32_t lane_means = shared_address(&own.mean[0][thread_index() % 4 * 2]);
-  constexpr int kRowBytes = sizeof own.mean[0], kTopBytes = sizeof own.mean;
-  float* const lane_tops = &own.top[thread_index() % 4 * 2];
-  store_tops(state, lane_tops);
-  const bool alone = a.pairs == 1;  // stages: V is copied over the one before, as late as that
-  bool exact = true;                // the maximum is not known yet
+  keys.load(ring.keys(ring.stage()), sparse(kind));
+  // The lane's columns of means and tops, in shared memory; what is rarely needed is found anew.
+  const auto own = [&]() -> auto& { return shared.own[thread_index() / 32]; };
+  const uint32_t lane_means = shared_address(&own().mean[0][thread_index() % 4 * 2]);
+  constexpr int kRowBytes = sizeof shared.own->mean[0], kTopBytes = sizeof shared.own->mean;
+  store_tops(state, &own().top[thread_index() % 4 * 2]);
+  const bool alone = can_be_alone(kD) && a.pairs == 1;  // stages: V is copied over the one before, as late as that
+  bool exact = true;                                    // the maximum is not known yet
 #pragma unroll 1
   for (int i = 0;; ++i) {
     if (i % kMeanEvery == 0 && means) {
@@ -87,54 +87,57 @@ __device__ __forceinline__ void attend_pages(const Arguments& a, State<kD, kTile
     }
     const Stage stage = ring.stage();
     const uint32_t k = ring.keys(stage), v = ring.values(stage);
-    const int row = kind & kSparse ? static_cast<unsigned>(i) / kSubs % kMeanPages : kMeanPages;
+    const int row = sparse(kind) ? static_cast<unsigned>(i) / kSubs % kMeanPages : kMeanPages;
     uint32_t p[kTiles][kRows][2];
     Values<kD> values;
     uint32_t value_kind;
 #pragma unroll 1
-    for (;;) {
+    for (bool late = alone;; late = false) {
       float s[kRows][kTiles][4];
-      if (kind & kSparse) {
+      if (sparse(kind)) {
         multiply_keys<T, true>(s, q, k, keys);
       } else {
         multiply_keys<T, false>(s, q, k, keys);
       }
-      if (kind & (kSinks | kEdge)) {
-        hide(s, own.border, (shared.begin + i / kSubs) * kPageTokens,
-             kind & kSinks ? a.params.cache.layout.sink_tokens : 0);
+      if (exact || (kind & (kSinks | kEdge)) != 0) {
+        if (kind & (kSinks | kEdge)) {
+          hide(s, own().border, (shared.begin + i / kSubs) * kPageTokens,
+               kind & kSinks ? a.params.cache.layout.sink_tokens : 0);
+        }
+        if (exact) {
+          raise_exactly(a.scale_log2, state, s, lane_means + row * kRowBytes, lane_means + kTopBytes,
+                        &own().top[thread_index() % 4 * 2]);
+        }
       }
-      if (alone && (!exact || i == 0)) {
+      if (late) {
         if (i > 0) ring.release(1, 1);
         copier.serve(i, stage, 1, 2);
       }
       value_kind = ring.wait(1, stage);
       float sum[kTiles][2];
-      if (exact) raise_exactly(a.scale_log2, state, s, lane_means + row * kRowBytes, lane_means + kTopBytes, lane_tops);
       const bool good = weigh<T>(a.scale_log2, s, lane_means + row * kRowBytes, lane_means + kTopBytes, p, sum,
-                                 [&] { values.template load<kTokens>(v, value_kind & kSparse); });
+                                 [&] { values.template load<kTokens>(v, sparse(value_kind)); });
       if (__builtin_expect(good || exact, 1)) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) state.sum[n][0] += sum[n][0], state.sum[n][1] += sum[n][1];
         break;
       }
       exact = true;
-      keys.load(k, kind & kSparse);
+      keys.load(k, sparse(kind));
     }
     exact = false;
     __syncwarp();
     ring.release(0, 0);
     if (i > 0 && !alone) ring.release(1, 1);
-    if (alone) {
-      copier.serve(i, stage, 0, 1);
-    } else if (copier.turn(i)) {
-      copier.serve(i, stage, 0, 2);
+    if (copier.turn(i)) {
+      copier.serve(i, stage, 0, alone ? 1 : 2);
+      copier.serve_means(i);
     }
-    copier.serve_means(i);
     const Stage next = ring.next();
     if (i + 1 < count) kind = ring.wait(0, next);
     const uint32_t next_k = ring.keys(next);
-    const auto load_next = [&](int f) { keys.load(next_k, kind & kSparse, f); };
-    if (value_kind & kSparse) {
+    const auto load_next = [&](int f) { keys.load(next_k, sparse(kind), f); };
+    if (sparse(value_kind)) {
       multiply_values<T, kSparseForm>(state, p, v, values, load_next);
     } else {
       multiply_values<T, Form::kDense>(state, p, v, values, load_next);
@@ -155,13 +158,13 @@ __device__ __forceinline__ void only_copy(const Arguments& a, Shared<kD, kTiles>
     const Stage stage = ring.stage();
     ring.wait(0, stage), ring.release(0, 0);
     copier.serve(i, stage, 0, 2);
-    copier.serve_means(i);
+    if (copier.turn(i)) copier.serve_means(i);
     ring.wait(1, stage), ring.release(1, 0);
     ring.advance(ring.next());
   }
 }
 
-template <typename T, int kD, bool kTokens>
+template <typename T, int kD, bool kTokens, bool kMixed>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_constant__ Arguments a) {
   constexpr int kTiles = tiles_of(kD);
   auto& shared = *reinterpret_cast<Shared<kD, kTiles>*>(memory);
@@ -205,28 +208,28 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
           attend_sinks<T>(a, state, q, own.border, page);
         }
       }
-      attend_pages<T, kD, kTokens>(a, state, q, shared, copier);
+      attend_pages<T, kD, kTokens, kMixed>(a, state, q, shared, copier);
     } else {
       only_copy(a, shared, copier);
     }
     wait_copies<0>();  // ids and words of sub-blocks behind the last
   }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  const bool any = Columns<kTiles>(a).any();  // what it follows from would be spilled
-#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   const bool any = columns.any();
+#else
+  const bool any = Columns<kTiles>(a).any();  // what it follows from would be spilled
 #endif
   if (any) Columns<kTiles>(a).template store<T>(state);
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
-template <typename T, int kD, bool kTokens>
+template <typename T, int kD, bool kTokens, bool kMixed>
 cudaError_t run(const PrefillParams& p, int shared_bytes, cudaStream_t stream) {
   constexpr int kBefore = Shared<kD, tiles_of(kD)>::bytes();
   const Arguments a(p, shared_bytes - kBefore);
-  if (a.pairs == 0) return cudaErrorInvalidConfiguration;
+  if (a.pairs < (can_be_alone(kD) ? 1 : 2)) return cudaErrorInvalidConfiguration;
   const int bytes = kBefore + a.pairs * a.pair_bytes;
-  const auto kernel = prefill_kernel<T, kD, kTokens>;
+  const auto kernel = prefill_kernel<T, kD, kTokens, kMixed>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   kernel<<<p.tile_count * p.cache.kv_heads * p.splits, kThreads, bytes, stream>>>(a);

@@ -14,6 +14,9 @@ constexpr int kMaxPairs = 8;
 HS_HD constexpr int tiles_of(int head_size) { return head_size <= 128 ? 3 : 1; }
 HS_HD constexpr int columns_of(int head_size) { return kWarps * 8 * tiles_of(head_size); }
 
+// Whether a GPU may have room for one stage of K and V only: they all have for two of up to 128 channels.
+HS_HD constexpr bool can_be_alone(int head_size) { return head_size > 128; }
+
 struct Arguments {
   PrefillParams params;
   int head_bytes, k_offset, v_offset;  // of the layout

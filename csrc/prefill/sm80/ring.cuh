@@ -76,7 +76,7 @@ class Copier {
     if (warp_ < a_.values_ahead) advance(warp_);
     if (warp_ == kWarps - 1 && a_.params.cache.layout.key_mean) copy_means(shared_.begin);
   }
-  // With two stages and more: whether serve() has anything to do.
+  // Whether the warp copies K while sub-block i is in use; and V, with two stages and more.
   __device__ __forceinline__ bool turn(int i) const {
     return (static_cast<unsigned>(i) + a_.keys_ahead) % kWarps == static_cast<unsigned>(warp_);
   }
@@ -92,9 +92,11 @@ class Copier {
       if (side == 1) advance(i + n);
     }
   }
-  // The means of the next pages: half a batch after those of this one were last read, and no warp is so far behind.
+  // In each turn: the means of the next pages, if the warp is the one to copy them.  That is half a batch after those
+  // of this one were last read, and no warp is so far behind.
   __device__ __forceinline__ void serve_means(int i) {
-    if (i % kMeanEvery == kMeanEvery / 2 && i / kMeanEvery % kWarps == warp_ && a_.params.cache.layout.key_mean) {
+    const bool half = i % kMeanEvery / kWarps == kMeanEvery / 2 / kWarps;  // it has one turn in it
+    if (half && i / kMeanEvery % kWarps == warp_ && a_.params.cache.layout.key_mean) {
       copy_means(shared_.begin + (i / kMeanEvery + 1) * kMeanPages);
     }
   }

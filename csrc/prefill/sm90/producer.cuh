@@ -115,9 +115,8 @@ class Starts {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int piece = (buffer * kStartPlaces + g) / 2;
-      store_shared8(
-          shared_ + S::kStarts + (column + 2 * t + e) * kRowBytes + ((piece ^ (2 * t + e)) << 4) + g % 2 * 8,
-          parts((plain ? 0.f : dot[e]) - (e ? top.y : top.x)));
+      store_shared8(shared_ + S::kStarts + (column + 2 * t + e) * kRowBytes + ((piece ^ (2 * t + e)) << 4) + g % 2 * 8,
+                    parts((plain ? 0.f : dot[e]) - (e ? top.y : top.x)));
     }
   }
 

@@ -2,6 +2,7 @@
 
 namespace hierasparse::prefill_sm80 {
 
-template cudaError_t run<__nv_bfloat16, 64, true>(const PrefillParams&, int, cudaStream_t);
+template cudaError_t run<__nv_bfloat16, 64, true, false>(const PrefillParams&, int, cudaStream_t);
+template cudaError_t run<__nv_bfloat16, 64, true, true>(const PrefillParams&, int, cudaStream_t);
 
 }  // namespace hierasparse::prefill_sm80
