@@ -47,6 +47,8 @@ SETTLE, STEPS = 8, 64
 """Decode steps before the clock starts, and under it."""
 MOST_NEW = 2048
 """No request may end while others are still being prefilled."""
+WARM_CHUNKS = 3
+"""Prompts of so many chunks run every kernel of a prefill: older context, pages of the chunk itself, decodes beside."""
 STUCK = 4
 """Steps without progress after which waiting requests are taken not to fit."""
 
@@ -127,8 +129,9 @@ def child(args: argparse.Namespace) -> None:
     def tell(id: str, value: float, fine: bool, **more: Any) -> None:
         print("RESULT", json.dumps([id, {"value": value, "good": good and fine, "about": about | more}]), flush=True)
 
-    if args.part == SPEED:
-        engine.speed(1, min(case.tokens for case in cases))  # compiles what is compiled on first use
+    if args.part == SPEED:  # what is compiled, loaded or allocated on first use
+        engine.speed(1, min(case.tokens for case in cases))
+        engine.speed(2, min(max(case.tokens for case in cases), WARM_CHUNKS * args.chunk))
     # The short ones first: what fails early costs little.
     shapes = collections.defaultdict(list)
     for case in sorted(cases, key=lambda case: (case.requests * case.tokens, case.tokens)):
