@@ -11,8 +11,8 @@ import pytest
 pytestmark = pytest.mark.gpu
 OURS = "kernel_substring=hierasparse"  # in the mangled name; other kernels are not ours to check
 BARRIERS = 128
-"""More than any of our kernels has in shared memory.  Left to count them itself, the tool runs out of room for them:
-racecheck then sees races across barriers that it does not follow, and synccheck ends the program."""
+"""More than any of our kernels has in shared memory.  Left to count them itself, the tool can run out of room for them;
+racecheck then reports races across barriers that it does not follow, and synccheck ends the program."""
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

@@ -21,10 +21,17 @@ from hierasparse_vllm.ops.reference import ReferenceOps
 from hierasparse_vllm.page import PAGE_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Not by its name, which the tests' own helper has too.
-_spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks" / "serving.py")
-serving_benchmark = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(serving_benchmark)
+
+
+def script(name):
+    """A script of benchmarks/; not by its own name, which a helper of the tests may have too."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+serving_benchmark, launch_profile = script("serving"), script("launch_profile")
 
 
 def documented(section):
@@ -159,6 +166,52 @@ def test_rates_and_operations_have_their_own_columns(measured):
     row = measured(case)  # prefill: what counts is a time in blocks
     assert row["ours"] == 40 and row["case"]["in_turn_us"] == {kernels.OURS: 20, "a": 60, "b": 30}
     assert row["case"]["tflops"] == pytest.approx(case.flops / 40e-6 / 1e12, rel=1e-3)
+
+
+class Clock:
+    """CUDA's events, for runs that say how long they take."""
+
+    def __init__(self):
+        self.now, self.last, self.turns = 0.0, None, 0
+
+    def run(self, name, seconds):
+        """A run that takes twice as long in its first three launches behind another's."""
+
+        def launch():
+            self.turns = self.turns + 1 if self.last == name else 1
+            self.last = name
+            self.now += seconds * (2 if self.turns <= 3 else 1)
+
+        return launch
+
+    def event(self):
+        clock = self
+
+        class Event:
+            def record(self):
+                self.at = clock.now
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        return Event()
+
+
+def test_in_blocks_times_a_run_when_it_has_run_for_a_while(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "_event", clock.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runs = {"ours": clock.run("ours", 0.05), "rival": clock.run("rival", 0.04)}
+    assert timing.alternate(runs, 5) == pytest.approx({"ours": 0.1, "rival": 0.08})
+    assert timing.in_blocks(runs) == pytest.approx({"ours": 0.05, "rival": 0.04})
+
+
+def test_a_profile_is_read_from_ncu():
+    page = '==PROF== Connected\n"ID","Kernel Name","gpu__time_duration.sum"\n"","","us"\n"0","decode_kernel","156.2"\n'
+    figures = launch_profile.figures(page)
+    assert figures["Kernel Name"] == "decode_kernel" and figures["gpu__time_duration.sum"] == "156.2 us"
+    with pytest.raises(SystemExit, match="no kernel"):
+        launch_profile.figures("==WARNING== No kernels were profiled.")
 
 
 def test_alone_times_what_passes_its_check(measured, monkeypatch, capsys):
