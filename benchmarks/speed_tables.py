@@ -19,6 +19,7 @@ from quality_tables import ROOT, Rows, fill, markdown, spaced
 from served import CASES as SERVED
 from served import OURS, RIVALS, TOKEN, WAYS
 
+from hierasparse_vllm.bench import kernels
 from hierasparse_vllm.bench.cases import CASES
 
 ROWS = ROOT / "benchmarks" / "results" / "h200.json"
@@ -113,7 +114,7 @@ def others(rows: Rows) -> list[str]:
 def in_turn(row: dict[str, Any]) -> float:
     """A prefill row's ratio when the two kernels take turns with every launch (docs/benchmarks.md)."""
     seconds = dict(row["case"]["in_turn_us"])
-    ours = seconds.pop("ours")
+    ours = seconds.pop(kernels.OURS)
     return min(seconds.values()) / ours
 
 

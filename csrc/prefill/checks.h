@@ -1,4 +1,4 @@
-// What every launcher of a prefill kernel checks.
+// What every launcher of a prefill kernel checks and asks.
 #pragma once
 
 #include <stdexcept>
@@ -13,5 +13,8 @@ inline void check_prefill(const PrefillParams& p) {
   }
   if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
 }
+
+// Whether sub-blocks may be dense: those layouts have kernels of their own.
+inline bool is_mixed(const PageLayout& layout) { return layout.sparse_k < kSubs || layout.sparse_v < kSubs; }
 
 }  // namespace hierasparse

@@ -95,7 +95,7 @@ def measure(case: Case, device: torch.device, ceiling: float, quick: bool) -> di
     seconds = {name: s / sets for name, s in timing.alternate(runs, 5 if quick else 20).items()}
     if case.work == "attend" and not case.captured:  # prefill draws all the power that the card allows
         about |= {"in_turn_us": {name: _short(s * 1e6) for name, s in seconds.items()}}
-        seconds = timing.in_blocks(runs)
+        seconds = timing.in_blocks(runs, seconds)
     if not gate.repeats(caches, runs[OURS], first):
         return _row(case, about | {"check": "a run as measured gives other bits"}, None, None, gate=False)
     ours = seconds.pop(OURS)

@@ -56,13 +56,12 @@ def alternate(runs: dict[str, Run], repetitions: int) -> dict[str, float]:
     return _medians(events)
 
 
-def in_blocks(runs: dict[str, Run]) -> dict[str, float]:
-    """Median seconds of each run, each for some time on its own, in turn.
+def in_blocks(runs: dict[str, Run], each: dict[str, float]) -> dict[str, float]:
+    """Median seconds of each run, each for some time on its own, in turn; ``each`` says about how long one takes.
 
     For kernels that draw as much power as the card allows: its clock follows what ran in the last tenths of a second,
     so a kernel that takes turns with another one runs at a clock that both have made.  An engine runs one of them.
     """
-    each = alternate(runs, 1)
     events = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():

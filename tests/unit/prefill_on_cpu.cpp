@@ -9,6 +9,7 @@ namespace hierasparse::prefill_sm80 {
 alignas(1024) uint8_t memory[227 << 10];
 }
 
+#include "prefill/checks.h"
 #include "prefill/sm80/kernel.cuh"
 
 using namespace hierasparse;
@@ -20,7 +21,7 @@ static void run(const PrefillParams& p, int pairs) {
   const Arguments a(p, min(room, pairs * Arguments(p, room).pair_bytes));
   memset(prefill_sm80::memory, 0xff, sizeof prefill_sm80::memory);  // NaN
   emulation::launch(p.tile_count * p.cache.kv_heads * p.splits, prefill_sm80::kThreads, [&] {
-    const bool mixed = p.cache.layout.sparse_k < kSubs || p.cache.layout.sparse_v < kSubs;
+    const bool mixed = is_mixed(p.cache.layout);
     if (p.cache.value_axis_token) {
       mixed ? prefill_sm80::prefill_kernel<T, kD, true, true>(a) : prefill_sm80::prefill_kernel<T, kD, true, false>(a);
     } else {

@@ -11,6 +11,7 @@ namespace hierasparse::prefill90 {
 alignas(1024) uint8_t memory[227 << 10];
 }
 
+#include "prefill/checks.h"
 #include "prefill/sm90/kernel.cuh"
 
 using namespace hierasparse;
@@ -48,7 +49,7 @@ int main(int, char** arguments) {
   p.query_row_stride = p.out_row_stride = int64_t{p.heads} * d * 2, p.query_head_stride = p.out_head_stride = d * 2;
   p.out_split_stride = rows * p.out_row_stride, p.lse_split_stride = rows * p.heads, p.lse_head_stride = rows;
   shared_memory = prefill90::memory;
-  const bool mixed = sparse_k < kSubs || sparse_v < kSubs;
+  const bool mixed = is_mixed(p.cache.layout);
   using namespace prefill90;
   if (d == 64) {
     mixed ? run<Shape<64, true>>(p) : run<Shape<64, false>>(p);

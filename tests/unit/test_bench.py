@@ -1,6 +1,5 @@
 """The benchmarks' cases and what follows from them, and their caches and checks on tiny shapes."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -19,19 +18,10 @@ from hierasparse_vllm.bench.cases import CASES, Case
 from hierasparse_vllm.cli import main
 from hierasparse_vllm.ops.reference import ReferenceOps
 from hierasparse_vllm.page import PAGE_TOKENS
+from tests.unit import scripts
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(name):
-    """A script of benchmarks/; not by its own name, which a helper of the tests may have too."""
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-serving_benchmark, launch_profile = script("serving"), script("launch_profile")
+serving_benchmark, launch_profile = scripts.load("serving"), scripts.load("launch_profile")
 
 
 def documented(section):
@@ -138,7 +128,7 @@ def measured(monkeypatch):
         monkeypatch.setattr(kernels.rivals, "variants", lambda case, sets, device: {"a": [id] * sets, "b": [id] * sets})
         seconds = {kernels.OURS: ours, "a": 2 * rival, "b": rival}
         monkeypatch.setattr(timing, "alternate", lambda runs, n: {name: seconds[name] for name in runs})
-        monkeypatch.setattr(timing, "in_blocks", lambda runs: {name: 2 * seconds[name] for name in runs})
+        monkeypatch.setattr(timing, "in_blocks", lambda runs, each: {name: 2 * each[name] for name in runs})
         monkeypatch.setattr(timing, "captured", timing.eager)
         monkeypatch.setattr(kernels, "l2_bytes", lambda device: 1)
         monkeypatch.setattr(kernels, "Caches", lambda *a: Caches(*a, pattern=(2, 2)))
@@ -202,8 +192,9 @@ def test_in_blocks_times_a_run_when_it_has_run_for_a_while(monkeypatch):
     monkeypatch.setattr(timing, "_event", clock.event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     runs = {"ours": clock.run("ours", 0.05), "rival": clock.run("rival", 0.04)}
-    assert timing.alternate(runs, 5) == pytest.approx({"ours": 0.1, "rival": 0.08})
-    assert timing.in_blocks(runs) == pytest.approx({"ours": 0.05, "rival": 0.04})
+    each = timing.alternate(runs, 5)
+    assert each == pytest.approx({"ours": 0.1, "rival": 0.08})
+    assert timing.in_blocks(runs, each) == pytest.approx({"ours": 0.05, "rival": 0.04})
 
 
 def test_a_profile_is_read_from_ncu():

@@ -1,15 +1,13 @@
 """The tables of README and docs are those that the recorded rows give; and how a table is made."""
 
-import importlib.util
 import json
 
 import pytest
 
 from tests.models import ROOT
+from tests.unit import scripts
 
-spec = importlib.util.spec_from_file_location("quality_tables", ROOT / "benchmarks" / "quality_tables.py")
-quality_tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(quality_tables)
+quality_tables = scripts.load("quality_tables")
 
 
 @pytest.mark.parametrize("name", list(quality_tables.PLACES))

@@ -1,16 +1,14 @@
 """The speed tables of README and docs are those that the recorded rows give."""
 
 import importlib
-import importlib.util
 import json
 
 import pytest
 
 from tests.models import ROOT
+from tests.unit import scripts
 
-spec = importlib.util.spec_from_file_location("speed_tables", ROOT / "benchmarks" / "speed_tables.py")
-speed_tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(speed_tables)
+speed_tables = scripts.load("speed_tables")
 filled = importlib.import_module("quality_tables").filled  # found there since speed_tables is
 
 

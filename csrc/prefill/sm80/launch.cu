@@ -18,12 +18,11 @@ int prefill_sm80_columns(int head_size) { return prefill_sm80::columns_of(head_s
 void launch_prefill_sm80(const PrefillParams& p, cudaStream_t stream) {
   if (p.tile_count == 0) return;
   check_prefill(p);
-  const bool mixed = p.cache.layout.sparse_k < kSubs || p.cache.layout.sparse_v < kSubs;
   const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const cudaError_t error = with_dtype(p.cache.dtype, [&](auto dtype) {
     return with_head_size(p.cache.layout.head_size, "prefill", [&](auto d) {
       return with_flag(p.cache.value_axis_token, [&](auto tokens) {
-        return with_flag(mixed, [&](auto mixed) {
+        return with_flag(is_mixed(p.cache.layout), [&](auto mixed) {
           using T = typename decltype(dtype)::type;
           constexpr int kD = decltype(d)::value;
           return prefill_sm80::run<T, kD, decltype(tokens)::value, decltype(mixed)::value>(p, shared_bytes, stream);

@@ -28,8 +28,7 @@ void launch_prefill_sm90(const PrefillParams& p, cudaStream_t stream) {
   prefill90::require(p.splits > 0, "the number of splits must be positive.");
   check_prefill(p);
   if (p.tile_count == 0) return;
-  const bool mixed = p.cache.layout.sparse_k < kSubs || p.cache.layout.sparse_v < kSubs;
-  const cudaError_t error = with_flag(mixed, [&](auto mixed) {
+  const cudaError_t error = with_flag(is_mixed(p.cache.layout), [&](auto mixed) {
     return head_size == 64 ? prefill90::run_shape<64, decltype(mixed)::value>(p, stream)
                            : prefill90::run_shape<128, decltype(mixed)::value>(p, stream);
   });
