@@ -149,7 +149,7 @@ def compile_unit(nvcc: str, unit: Unit, cache: Path) -> Path:
     return target
 
 
-def build(module: Path, nvcc: str, targets: tuple[str, ...]) -> list[Path]:
+def build(module: Path, nvcc: str, targets: tuple[str, ...], defines: tuple[str, ...] = ()) -> list[Path]:
     """Compile what changed, link the extension module.
 
     Parameters
@@ -160,6 +160,8 @@ def build(module: Path, nvcc: str, targets: tuple[str, ...]) -> list[Path]:
         From `find_nvcc`.
     targets : tuple of str
         GPU architectures, such as ``("80", "90a")``.
+    defines : tuple of str
+        Macros, for a build of its own beside the usual one.
 
     Returns
     -------
@@ -168,9 +170,10 @@ def build(module: Path, nvcc: str, targets: tuple[str, ...]) -> list[Path]:
     """
     import pybind11
 
-    cache = CACHE / "-".join(targets)
+    cache = CACHE / "-".join([*targets, *defines])
     cache.mkdir(parents=True, exist_ok=True)
-    units = [Unit(source, [*FLAGS, *gencode(targets)]) for source in sorted(CSRC.rglob("*.cu"))]
+    macros = [f"-D{name}" for name in defines]
+    units = [Unit(source, [*FLAGS, *macros, *gencode(targets)]) for source in sorted(CSRC.rglob("*.cu"))]
     # The bindings depend on the Python, the kernels do not.
     flags = [*FLAGS, f'-DHS_CUDA_ARCHS="{" ".join(targets)}"']
     folders = (sysconfig.get_path("include"), pybind11.get_include())

@@ -86,6 +86,18 @@ __device__ __forceinline__ void mbarrier_init(uint32_t at, int count) {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
+// A warp's arrivals, of which its barriers' counts are multiples: one lane's stands for what all of them did.
+// compute-sanitizer's racecheck follows only what the arriving thread did itself; compiled for it, every lane arrives.
+#ifdef HS_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+// The whole warp calls it, with the lane's number.
+__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t at, int lane) {
+  __syncwarp();
+  if (kWarpArrivals > 1 || lane == 0) mbarrier_arrive(at);
+}
 // The thread arrives when all that it copied so far has landed.
 __device__ __forceinline__ void mbarrier_arrive_copies(uint32_t at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");

@@ -16,7 +16,6 @@ namespace hierasparse::decode {
 
 constexpr int kProducer = kWarps, kPlanner = kWarps + 1;  // their warps
 constexpr int kThreads = 32 * (kWarps + 2);
-constexpr int kVerdictThreads = kConsumerThreads + 32;
 
 // The rings lie behind it and must begin at a multiple of 128: copies into parts of two lines of shared memory become
 // four requests to L2 each, whose tag look-ups are then the limit (3.7 instead of 4.5 TB/s).
@@ -28,7 +27,8 @@ struct alignas(128) Shared {
   Rings rings;
   Walk walk;
   int number[kWarps];  // of the segment that a consumer is at
-  int last;            // this CTA merges its last lane
+  uint64_t verdict;    // its only phase ends when `last` is known
+  bool last;           // this CTA merges its last lane
 };
 
 template <int kD, int kTiles>
@@ -85,8 +85,7 @@ __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& 
       if (!before.segment.whole) {
         const bool last = all_parts_there(p, before);
         if (end) {  // consumers have nothing else to do: they are faster
-          if (first_lane) shared.last = last;
-          barrier_sync(kVerdict, kVerdictThreads);
+          if (first_lane) shared.last = last, mbarrier_arrive(shared_address(&shared.verdict));
         } else if (last) {
           merge<T, kD, kTiles>(p, before, thread_index() % 32, 32);
           __syncwarp();
@@ -156,7 +155,7 @@ __device__ __forceinline__ void consume(const DecodeParams& p, Shared<kD, kTiles
   }
   const Plan& last = plans[number() + 1];  // as number() - 1
   if (number() == 0 || last.segment.whole) return;
-  barrier_sync(kVerdict, kVerdictThreads);
+  mbarrier_wait(shared_address(&shared.verdict), 0);
   if (shared.last) merge<T, kD, kTiles>(p, last, thread_index(), kConsumerThreads);
 }
 
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   const int warp = threadIdx.x / 32;
   const uint32_t ring = shared_address(memory) + sizeof(Shared<kD, kTiles>);
   if (threadIdx.x < kWarps) shared.number[threadIdx.x] = 0;
-  if (threadIdx.x == 0) shared.plans.init();
+  if (threadIdx.x == 0) shared.plans.init(), mbarrier_init(shared_address(&shared.verdict), 1);
   if (warp == 1) shared.rings.init();
   __syncthreads();
   if (warp == kPlanner) {

@@ -30,9 +30,9 @@ struct Plans {
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared_address(&segment[i]), 1);
-      mbarrier_init(shared_address(&queries[i]), 1);
-      mbarrier_init(shared_address(&done[i]), kWarps);
+      mbarrier_init(shared_address(&segment[i]), kWarpArrivals);
+      mbarrier_init(shared_address(&queries[i]), kWarpArrivals);
+      mbarrier_init(shared_address(&done[i]), kWarps * kWarpArrivals);
     }
   }
   __device__ __forceinline__ Plan& operator[](int n) { return of[n % 2]; }
@@ -40,8 +40,7 @@ struct Plans {
 
   // The whole warp calls these.
   __device__ __forceinline__ static void tell(uint64_t (&barriers)[2], int n) {
-    __syncwarp();
-    if (thread_index() % 32 == 0) mbarrier_arrive(shared_address(&barriers[n % 2]));
+    mbarrier_arrive_warp(shared_address(&barriers[n % 2]), thread_index() % 32);
   }
   __device__ __forceinline__ static void wait(const uint64_t (&barriers)[2], int n) {
     mbarrier_wait(shared_address(&barriers[n % 2]), n / 2 % 2);

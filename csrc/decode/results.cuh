@@ -5,8 +5,7 @@
 
 namespace hierasparse::decode {
 
-// Named barriers, besides 0 of all threads.
-enum : int { kConsumers = 1, kVerdict = 2 };
+constexpr int kConsumers = 1;  // their named barrier
 constexpr int kConsumerThreads = 32 * kWarps;
 
 // Rows of the warps' results, padded so that lanes of one store hit different banks.

@@ -62,7 +62,7 @@ struct Rings {
   __device__ __forceinline__ void init() {
     for (int i = thread_index() % 32; i < kWarps * kMaxStages; i += 32) {
       mbarrier_init(shared_address(&full[0][i]), kCopiers + 1);  // their copies; and one that has stored the word
-      mbarrier_init(shared_address(&empty[0][i]), 1);
+      mbarrier_init(shared_address(&empty[0][i]), kWarpArrivals);
     }
   }
 };
@@ -96,9 +96,7 @@ class Chunks {
   }
   // The chunk has been read: its place takes another one.
   __device__ __forceinline__ void pop() {
-    __syncwarp();
-    if (thread_index() % 32 == 0)
-      mbarrier_arrive(shared_address(&rings_.empty[thread_index() / 32][at_.stage(stages_)]));
+    mbarrier_arrive_warp(shared_address(&rings_.empty[thread_index() / 32][at_.stage(stages_)]), thread_index() % 32);
     at_.next(stages_);
   }
 

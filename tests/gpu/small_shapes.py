@@ -1,5 +1,9 @@
-"""Every kernel once, on shapes small enough for compute-sanitizer; test_sanitizer.py runs this file under its tools."""
+"""Every kernel once, on shapes small enough for compute-sanitizer; test_sanitizer.py runs this file under its tools.
 
+An argument is the file of another build of the extension.
+"""
+
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,13 +13,23 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 from serving import Engine  # noqa: E402
 
+from hierasparse_vllm.extension import MODULE  # noqa: E402
 from hierasparse_vllm.ops.batch import ReadRule  # noqa: E402
 from hierasparse_vllm.ops.cuda import CudaOps, levels  # noqa: E402
 from hierasparse_vllm.page import PageLayout  # noqa: E402
 from tests.gpu import decode_cases  # noqa: E402
 
 
+def take_extension(file: str) -> None:
+    """Let the package find its extension in ``file``."""
+    spec = importlib.util.spec_from_file_location(MODULE, file)
+    sys.modules[MODULE] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[MODULE])
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        take_extension(sys.argv[1])
     for axis, sparse in (("channel", (4, 2)), ("token", (3, 4))):
         case = decode_cases.make_case([1100, 40, 513], [1, 3, 16], d=64, axis=axis, sparse=sparse)
         ops = CudaOps(case.pages.device, case.layout, 2, torch.bfloat16, 1)

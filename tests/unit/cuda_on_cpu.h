@@ -20,21 +20,33 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-struct uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-struct int2 { int x, y; };
+struct int2 {
+  int x, y;
+};
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
 // ---- the block that runs
-struct Index { unsigned x = 0; };
+struct Index {
+  unsigned x = 0;
+};
 inline Index threadIdx, blockIdx, gridDim;
 
 namespace emulation {
@@ -143,10 +155,14 @@ uint32_t reduce(uint32_t mine, Op op) {
 }  // namespace emulation
 
 template <typename V>
-V __ldg(const V* from) { return *from; }
+V __ldg(const V* from) {
+  return *from;
+}
 inline void __syncwarp() { emulation::meet(emulation::warp(), emulation::kLanes); }
 template <typename V>
-V __shfl_sync(unsigned, V mine, int from) { return emulation::exchange(mine, from); }
+V __shfl_sync(unsigned, V mine, int from) {
+  return emulation::exchange(mine, from);
+}
 inline bool __any_sync(unsigned, bool mine) {
   return emulation::reduce(mine, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
 }
@@ -160,17 +176,26 @@ inline bool __syncthreads_or(bool mine) {
   return any;
 }
 template <typename V>
-V __shfl_xor_sync(unsigned, V mine, int mask) { return emulation::exchange(mine, threadIdx.x % 32 ^ mask); }
+V __shfl_xor_sync(unsigned, V mine, int mask) {
+  return emulation::exchange(mine, threadIdx.x % 32 ^ mask);
+}
 template <typename V>
 V __shfl_up_sync(unsigned, V mine, int by) {
   const int lane = threadIdx.x % 32;
   return emulation::exchange(mine, lane < by ? lane : lane - by);
 }
-inline uint32_t __reduce_add_sync(unsigned, uint32_t x) {
-  return emulation::reduce(x, [](uint32_t a, uint32_t b) { return a + b; });
+// Of int or unsigned, as on the device.
+template <typename V>
+V __reduce_add_sync(unsigned, V x) {
+  return emulation::reduce(x, [](V a, V b) { return a + b; });
 }
-inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
-  return emulation::reduce(x, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+template <typename V>
+V __reduce_min_sync(unsigned, V x) {
+  return emulation::reduce(x, [](V a, V b) { return a < b ? a : b; });
+}
+template <typename V>
+V __reduce_max_sync(unsigned, V x) {
+  return emulation::reduce(x, [](V a, V b) { return a > b ? a : b; });
 }
 
 template <typename V>
@@ -205,12 +230,15 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
 // ---- 16-bit floats
 struct __nv_bfloat16 {};
 struct __half {};
-struct __half2 { uint16_t x, y; };
+struct __half2 {
+  uint16_t x, y;
+};
 
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
   const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                     : exponent ? ldexpf(1024 + mantissa, exponent - 25) : ldexpf(mantissa, -24);
+                     : exponent     ? ldexpf(1024 + mantissa, exponent - 25)
+                                    : ldexpf(mantissa, -24);
   return bits >> 15 ? -size : size;
 }
 inline float2 __half22float2(__half2 x) { return {half_to_float(x.x), half_to_float(x.y)}; }

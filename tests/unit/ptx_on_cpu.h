@@ -133,6 +133,11 @@ inline void mbarrier_arrive(uint32_t at) {
   --barrier.pending;
   barrier.check();
 }
+constexpr int kWarpArrivals = 1;
+inline void mbarrier_arrive_warp(uint32_t at, int lane) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(at);
+}
 inline void mbarrier_arrive_copies(uint32_t at) {
   land({at,
         [at, copies = std::move(begun[threadIdx.x])]() mutable {

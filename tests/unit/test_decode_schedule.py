@@ -119,3 +119,22 @@ def test_a_large_batch_is_shared_evenly(program):
                 18 if item < 4 * 126 else 12 for item in range(first, end)
             )  # costs of schedule.cuh at S = 1
     assert len(work) == 264 and max(work.values()) - min(work.values()) <= 2 * 18
+
+
+@pytest.mark.parametrize(("requests", "tokens", "parts"), [(32, 512, 1), (8, 2048, 4), (16, 700, 2)])
+def test_short_lanes_get_whole_shares(program, requests, tokens, parts):
+    """Nobody begins a second lane, and each lane has as many CTAs."""
+    lengths = [tokens - 3 * i % 8 for i in range(requests)]
+    batch = [(length, 1) for length in lengths]
+    lanes = shares(program, batch)
+    check(lanes, batch)
+    assert {len(segments) for segments in lanes.values()} == {parts}
+    ctas = [segment[0] for segments in lanes.values() for segment in segments]
+    assert len(set(ctas)) == len(ctas)
+
+
+def test_long_or_uneven_lanes_share_the_line(program):
+    for batch in ([(32_768, 1)] * 8, [(512, 1)] * 31 + [(2048, 1)], [(512, 1)] * 21):
+        lanes = shares(program, batch)
+        check(lanes, batch)
+        assert len({segment[0] for segments in lanes.values() for segment in segments}) == 264

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const __grid_const
       for (int side = 0; side < 2; ++side) {
         for (int i = 0; i < a.pairs; ++i) {
           mbarrier_init(shared_address(&shared.full[side][i]), kFullCount);
-          mbarrier_init(shared_address(&shared.empty[side][i]), kWarps);
+          mbarrier_init(shared_address(&shared.empty[side][i]), kWarps * kWarpArrivals);
         }
       }
       mbarrier_init(shared_address(&shared.means_full), 32);

@@ -189,7 +189,7 @@ class Reader {
   // The warp has read a side of the stage `behind` the one in use.
   __device__ __forceinline__ void release(int side, int behind) const {
     const int at = stage_.at >= behind ? stage_.at - behind : a_.pairs - 1;
-    if (ring_ % kFragment == 0) mbarrier_arrive(barriers_ + ((2 + side) * kMaxPairs + at) * 8);
+    if (kWarpArrivals > 1 || ring_ % kFragment == 0) mbarrier_arrive(barriers_ + ((2 + side) * kMaxPairs + at) * 8);
   }
   __device__ __forceinline__ Stage next() const { return stage_.ahead(1, a_.pairs); }
   __device__ __forceinline__ void advance(const Stage& s) { stage_ = s; }

@@ -202,8 +202,7 @@ class Consumer {
   // The warp has all that it needs of a stage: products that take its fragments have been issued.  Issued is what
   // counts: loads of shared memory can wait for long behind the operands of products, and an arrival overtakes them.
   __device__ __forceinline__ void release(const Stage& stage) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::empty(stage.number));
+    mbarrier_arrive_warp(shared_ + S::empty(stage.number), threadIdx.x % 32);
   }
 
   __device__ __forceinline__ void take_key(bool there) {
@@ -354,8 +353,7 @@ class Consumer {
   __device__ __forceinline__ void leave(int page, int sub, int pages) {
     if (sub + 1 != kSubs) return;
     if (++page_ != S::kStartPages && page + 1 != pages) return;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_ + S::start_empty(start_.at));
+    mbarrier_arrive_warp(shared_ + S::start_empty(start_.at), threadIdx.x % 32);
     start_.next(2);
     page_ = 0;
   }

@@ -31,14 +31,17 @@ __device__ __forceinline__ void consume(const Arguments& p, const Work& work, ui
 #pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
     if (local < S::kN) store_shared_float(shared + S::kTops + column * 4, 0.f);
-    barrier_sync(kWithMeans, S::kWithMeansThreads);
+    barrier_sync(kGroup + number, kGroupThreads);
+    mbarrier_arrive_warp(shared + S::kTopsThere, lane_of_warp());
     consumer.find_tops(pages, attempt > 0, sinks);
-    barrier_sync(kWithMeans, S::kWithMeansThreads);
+    barrier_sync(kGroup + number, kGroupThreads);
+    mbarrier_arrive_warp(shared + S::kTopsThere, lane_of_warp());
     sum = consumer.attend(pages, sinks);
     const bool sees = local < S::kN && column < work.columns() &&
                       static_cast<int>(load_shared4(shared + S::kBorders + column * 4)) > work.first * kPageTokens;
     if (attempt == 0 && sees && !good(sum)) store_shared4(shared + S::kAgain, 1);
-    barrier_sync(kAll, S::kThreads);
+    mbarrier_arrive_warp(shared + S::kDecided, lane_of_warp());
+    mbarrier_wait(shared + S::kDecided, attempt);
     if (load_shared4(shared + S::kAgain) == 0) break;
   }
   // The ring has been read: O takes its place.  Weights of sinks take that of the probabilities.
@@ -59,16 +62,18 @@ __device__ __forceinline__ void attend_tile(const Arguments& p, uint8_t* memory)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       mbarrier_init(shared + S::full(i), 1);
-      mbarrier_init(shared + S::empty(i), S::kConsumers * kGroupThreads / kWarp);
+      mbarrier_init(shared + S::empty(i), S::kConsumerArrivals);
     }
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared + S::start_full(i), kMeanWarps);
-      mbarrier_init(shared + S::start_empty(i), S::kConsumers * kGroupThreads / kWarp);
+      mbarrier_init(shared + S::start_full(i), kMeanWarps * kWarpArrivals);
+      mbarrier_init(shared + S::start_empty(i), S::kConsumerArrivals);
     }
+    mbarrier_init(shared + S::kTopsThere, S::kConsumerArrivals);
+    mbarrier_init(shared + S::kDecided, S::kConsumerArrivals);
     store_shared4(shared + S::kAgain, 0);
     mbarrier_init_done();
   }
-  barrier_sync(kAll, S::kThreads);
+  __syncthreads();
   const int number = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   if (number == S::kConsumers) {
     fewer_registers<S::kFeederRegisters>();

@@ -101,8 +101,7 @@ class Starts {
         store(column, buffer, dot);
       }
       fence_async();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared_ + S::start_full(buffer));
+      mbarrier_arrive_warp(shared_ + S::start_full(buffer), lane);
     }
   }
 
@@ -137,18 +136,18 @@ __device__ __forceinline__ void produce(const Arguments& p, const Work& work, ui
         copier.copy(0, subs, true);
       }
       __syncwarp();
-      barrier_sync(kAll, S::kThreads);
+      mbarrier_wait(shared + S::kDecided, attempt);
       if (load_shared4(shared + again) == 0) return;
     }
   } else {
     Starts<S> starts(p, shared);
 #pragma unroll 1
-    for (int pass = 0; pass < 4; ++pass) {  // tops and attention, twice
-      // The queries are there and the tops are zero, or the tops are there.
-      barrier_sync(kWithMeans, S::kWithMeansThreads);
-      starts.pages(pass != 0);
-      if (pass % 2 == 0) continue;
-      barrier_sync(kAll, S::kThreads);
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      mbarrier_wait(shared + S::kTopsThere, 0);
+      starts.pages(attempt > 0);
+      mbarrier_wait(shared + S::kTopsThere, 1);
+      starts.pages(true);
+      mbarrier_wait(shared + S::kDecided, attempt);
       if (load_shared4(shared + again) == 0) return;
     }
   }

@@ -16,12 +16,10 @@ constexpr int kShared = 227 << 10;
 constexpr int kFragment = 512;  // bytes of a warp's operand-A fragment
 constexpr int kRowBytes = 128;  // of operand B in shared memory
 
-// Named barriers.
+// Named barriers.  Threads meet at one in one place of the code, or synccheck complains; elsewhere they use mbarriers.
 enum : int {
-  kAll = 0,        // every thread
-  kWithMeans = 1,  // all but the warp that copies
-  kTurn = 2,       // and two behind it: a consumer's turn at the tensor cores
-  kGroup = 5,      // and two behind it: one consumer
+  kTurn = 1,   // and two behind it: a consumer's turn at the tensor cores
+  kGroup = 4,  // and two behind it: one consumer
 };
 
 // A thread's place; read anew where it is used, like thread_index().
@@ -34,7 +32,8 @@ struct Shape {
   static constexpr int kD = kD_, kN = kPrefillSm90GroupColumns, kConsumers = prefill_sm90_consumers(kD);
   static constexpr bool kMixed = kMixed_;
   // The last warpgroup: a warp that copies, three for the means.
-  static constexpr int kThreads = kGroupThreads * (kConsumers + 1), kWithMeansThreads = kThreads - kWarp;
+  static constexpr int kThreads = kGroupThreads * (kConsumers + 1);
+  static constexpr int kConsumerArrivals = kConsumers * kGroupThreads / kWarp * kWarpArrivals;  // on an mbarrier
   // Of a thread: what the CTA is launched with, in steps of eight, is shared out anew.  More than that, and the
   // consumers would wait for registers for ever.
   static constexpr int kFeederRegisters = kConsumers == 3 ? 32 : 56;
@@ -62,7 +61,7 @@ struct Shape {
   static constexpr int kBorders = kTops + kColumns * 4;
   static constexpr int kFactors = kBorders + kColumns * 4;
   static constexpr int kBarriers = kFactors + kColumns * 4;
-  static constexpr int kKinds = kBarriers + (2 * kMaxStages + 4) * 8;  // of stages: 1 where sparse
+  static constexpr int kKinds = kBarriers + (2 * kMaxStages + 6) * 8;  // of stages: 1 where sparse
   static constexpr int kAgain = kKinds + kMaxStages * 4;
   static constexpr int kRing = align_up(kAgain + 4);
   static constexpr int kFit = (kShared - kRing) / kStageBytes;
@@ -74,6 +73,9 @@ struct Shape {
   HS_HD static constexpr int empty(int stage) { return kBarriers + (kMaxStages + stage) * 8; }
   HS_HD static constexpr int start_full(int buffer) { return kBarriers + (2 * kMaxStages + buffer) * 8; }
   HS_HD static constexpr int start_empty(int buffer) { return kBarriers + (2 * kMaxStages + 2 + buffer) * 8; }
+  // Queries and borders are there, and zeros as tops, or tops: two phases of each attempt at a tile.
+  static constexpr int kTopsThere = kBarriers + (2 * kMaxStages + 4) * 8;
+  static constexpr int kDecided = kTopsThere + 8;  // kAgain says whether there is another attempt
 };
 
 // What the kernel is told; its own figures are worked out on the host, since registers run short.
