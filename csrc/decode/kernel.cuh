@@ -50,25 +50,27 @@ __device__ __forceinline__ bool all_parts_there(const DecodeParams& p, const Pla
   return __any_sync(~0u, last);
 }
 
+// Nobody has anything to do before it, so it begins ahead of the first barrier.
+template <int kD, int kTiles>
+__device__ __forceinline__ void begin_plan(const DecodeParams& p, Shared<kD, kTiles>& shared) {
+  Begin begin;
+  const Line line = make_line(p, 8 * kTiles, block_index(), begin);
+  if (thread_index() % 32 == 0) shared.walk.begin(p, line, begin, block_index(), 8 * kTiles);
+  __syncwarp();
+}
+
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& shared) {
   const bool first_lane = thread_index() % 32 == 0;
-  const int cta = block_index();
   Plans& plans = shared.plans;
-  Begin begin;
-  const Line line = make_line(p, 8 * kTiles, cta, begin);
-  const bool any = cta < line.ctas;
-  if (any && first_lane) shared.walk.begin(p, line, begin, cta, 8 * kTiles);
 #pragma unroll 1
   for (int n = 0;; ++n) {
     Plan& next = plans[n];
-    if (first_lane) {
-      next.segment.end = 0;
-      if (any) shared.walk.next(p, next.segment);
-    }
+    if (first_lane) shared.walk.next(p, next.segment);
     __syncwarp();
     const bool end = next.segment.end == 0;
     if (!end) {
+      Queries<kD, kTiles>::ahead(p, next.segment);
       const int ids = load_ids(p, next.segment, next.segment.first_page());
       next.ids[thread_index() % 32] = ids;
       next.words[thread_index() % 32] = load_words(p, next.segment, ids, next.segment.first_page());
@@ -169,6 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   if (threadIdx.x < kWarps) shared.number[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.plans.init(), mbarrier_init(shared_address(&shared.verdict), 1);
   if (warp == 1) shared.rings.init();
+  if (warp == kPlanner) begin_plan(p, shared);
   __syncthreads();
   if (warp == kPlanner) {
     plan<T>(p, shared);

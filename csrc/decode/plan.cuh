@@ -54,7 +54,7 @@ __device__ __forceinline__ const uint8_t* region(const DecodeParams& p, const Se
 // Ids of the segment's pages from `page` on, one a lane.
 __device__ __forceinline__ int load_ids(const DecodeParams& p, const Segment& s, int page) {
   const int mine = page + thread_index() % 32;
-  return mine < s.end_page() ? __ldg(p.batch.page_table + s.number * p.batch.page_table_stride + mine) : 0;
+  return mine < s.end_page() ? load_kept(p.batch.page_table + s.number * p.batch.page_table_stride + mine) : 0;
 }
 // Their index words, where they can say something new: page 0 may have sinks.
 __device__ __forceinline__ uint32_t load_words(const DecodeParams& p, const Segment& s, int ids, int page) {
@@ -71,6 +71,19 @@ struct Queries {
   uint4 paged[kTiles * kD / 32 * 32];  // channels in stored order
   uint4 plain[kTiles * kD / 32 * 32];  // ... in the order in which rows.cuh reads plain rows: the model's
 
+  // What `fetch` reads.
+  __device__ __forceinline__ static void ahead(const DecodeParams& p, const Segment& s) {
+    constexpr int kOrderLines = kD / 32, kLines = kD / 64;  // of 128 bytes: the head's order, a query
+    const int lane = thread_index() % 32, group = p.heads / p.cache.kv_heads;
+    if (lane < kOrderLines) prefetch(p.k_order + s.kv_head * kD + 32 * lane);
+#pragma unroll 1
+    for (int i = lane; i < 8 * kTiles * kLines; i += 32) {
+      const int column = s.block * 8 * kTiles + i / kLines, query = column / group;
+      const uint8_t* from = static_cast<const uint8_t*>(p.query) + (s.request.row + query) * p.query_row_stride +
+                            (s.kv_head * group + column % group) * p.query_head_stride + i % kLines * 128;
+      if (query < s.request.queries) prefetch(from);
+    }
+  }
   __device__ __forceinline__ void fetch(const DecodeParams& p, Plan& plan) {
     constexpr int kTurns = kTiles * kD / 32;
     const Segment& s = plan.segment;

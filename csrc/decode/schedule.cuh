@@ -13,6 +13,7 @@
 
 #include <climits>
 
+#include "../common/ptx.cuh"
 #include "params.h"
 
 namespace hierasparse::decode {
@@ -50,9 +51,9 @@ __device__ __forceinline__ int page_cost(const PageLayout& layout) {
 
 __device__ __forceinline__ Request read_request(const DecodeParams& p, int r, int columns) {
   Request q{};
-  const int length = p.batch.seq_lens[r];
-  q.row = p.batch.query_start[r];
-  q.queries = p.batch.query_start[r + 1] - q.row;
+  const int length = load_kept(p.batch.seq_lens + r);
+  q.row = load_kept(p.batch.query_start + r);
+  q.queries = load_kept(p.batch.query_start + r + 1) - q.row;
   if (q.queries <= 0 || q.queries > p.max_query_len || length < q.queries) return q;
   q.first = length - q.queries;
   q.low = compressed_below(q.first, p.batch.local_window);
@@ -191,6 +192,8 @@ struct Sharers {
 class Walk {
  public:
   __device__ void begin(const DecodeParams& p, const Line& line, const Begin& begin, int cta, int columns) {
+    start_ = to_ = 0;
+    if (cta >= line.ctas) return;
     line_ = line, from_ = line.cut(cta), to_ = line.cut(cta + 1), columns_ = columns;
     page_ = page_cost(p.cache.layout), number_ = begin.request, request_ = read_request(p, number_, columns);
     cost_ = cost();

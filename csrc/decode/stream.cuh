@@ -207,8 +207,8 @@ class Producer {
   __device__ __forceinline__ int window_block(const Segment& s, const Share& mine, int k) const {
     const int piece = mine.first_piece + kWarps * (k + lane() % kCopiers);
     const int block = (s.request.low + piece * kPiece) / p_.batch.window_block;
-    return piece < mine.end_piece ? __ldg(p_.batch.window_table + (s.number * p_.batch.window_table_stride + block))
-                                  : 0;
+    const int32_t* at = p_.batch.window_table + (s.number * p_.batch.window_table_stride + block);
+    return piece < mine.end_piece ? load_kept(at) : 0;
   }
   __device__ __forceinline__ void copy_piece(const Segment& s, int piece, int block) {
     using R = Rows<kD>;

@@ -12,7 +12,7 @@ from tests.models import ROOT
 HERE = ROOT / "tests" / "unit"
 
 
-def build(folder, program, kernel, namespace, headers=("ptx",)):
+def build(folder, program, kernel=None, namespace=None, headers=("ptx",)):
     """The program, of a copy of csrc in which NAME_on_cpu.h stands for common/NAME.cuh of each of ``headers``.
 
     Parameters
@@ -21,8 +21,8 @@ def build(folder, program, kernel, namespace, headers=("ptx",)):
         For the copy and the program.
     program : str
         Its source is ``{program}_on_cpu.cpp``.
-    kernel : str
-        File in csrc whose part behind "---- launch" is left out: <<<...>>> is not C++.
+    kernel : str or None
+        File in csrc, if any, whose part behind "---- launch" is left out: <<<...>>> is not C++.
     namespace : str
         Of the kernel.  Its shared memory, if it is extern, is ``memory`` there, which the program defines.
     """
@@ -31,10 +31,11 @@ def build(folder, program, kernel, namespace, headers=("ptx",)):
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for name in headers:
         shutil.copy(HERE / f"{name}_on_cpu.h", folder / "csrc" / "common" / f"{name}.cuh")
-    source = folder / "csrc" / kernel
-    lines = [line for line in source.read_text().splitlines(keepends=True) if "extern __shared__" not in line]
-    text = "".join(lines)
-    source.write_text(text[: text.index("// ---- launch")] + f"}}  // namespace {namespace}\n")
+    if kernel is not None:
+        source = folder / "csrc" / kernel
+        lines = [line for line in source.read_text().splitlines(keepends=True) if "extern __shared__" not in line]
+        text = "".join(lines)
+        source.write_text(text[: text.index("// ---- launch")] + f"}}  // namespace {namespace}\n")
     command = ["g++", "-std=c++17", "-O2", "-w", f"-I{folder / 'csrc'}", f"-I{HERE}"]
     subprocess.run([*command, str(HERE / f"{program}_on_cpu.cpp"), "-o", str(folder / program)], check=True)
     return folder / program

@@ -2,10 +2,12 @@
 // PTX manual, lane by lane, in float32.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <memory>
 #include <type_traits>
 
 namespace hierasparse {
@@ -52,23 +54,30 @@ inline void barrier_arrive(int id, int threads) {
 struct Landing {
   uint32_t barrier;
   std::function<void()> run;
-  unsigned thread = ~0u;  // which can wait for it too
 };
 struct Copy {
   uint32_t to, bytes;
   const void* from;
+  bool grouped = false, landed = false;
 };
-inline std::vector<Landing> landings;  // not yet done
-// Begun by a thread that has not yet named their barrier or waited for them.
-inline std::map<unsigned, std::vector<Copy>> begun;
-inline bool copies_have_barriers = false;  // of the program, which sets it
+using Copies = std::vector<std::shared_ptr<Copy>>;
+inline std::vector<Landing> landings;       // not yet done
+inline std::map<unsigned, Copies> copying;  // by the thread that began them, until they have landed
+inline bool copies_have_barriers = false;   // of the program, which sets it
 
 inline void land(const Landing& landing) { late() ? landings.push_back(landing) : landing.run(); }
 
-inline void finish(std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) memcpy(shared_memory + copy.to, copy.from, copy.bytes);
-  copies.clear();
+inline void finish(Copy& copy) {
+  if (!copy.landed) memcpy(shared_memory + copy.to, copy.from, copy.bytes);
+  copy.landed = true;
 }
+inline Copies& mine_copying() {
+  Copies& copies = copying[threadIdx.x];
+  copies.erase(std::remove_if(copies.begin(), copies.end(), [](auto& copy) { return copy->landed; }), copies.end());
+  return copies;
+}
+inline int32_t load_kept(const int32_t* from) { return *from; }
+inline void prefetch(const void*) {}
 inline void copy_async(uint32_t to, const void* from, uint32_t bytes) {
   if (!copies_have_barriers) {
     memcpy(shared_memory + to, from, bytes);
@@ -76,14 +85,16 @@ inline void copy_async(uint32_t to, const void* from, uint32_t bytes) {
   }
   require(to % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0, "a copy is not aligned");
   memset(shared_memory + to, 0xff, bytes);  // NaN
-  begun[threadIdx.x].push_back({to, bytes, from});
+  mine_copying().push_back(std::make_shared<Copy>(Copy{to, bytes, from}));
 }
 inline void copy16_async(uint32_t to, const void* from) { copy_async(to, from, 16); }
 inline void copy4_async(uint32_t to, const void* from) { copy_async(to, from, 4); }
 inline void copy16_async_or_zero(uint32_t to, const void* from, bool real) {
   real ? memcpy(shared_memory + to, from, 16) : memset(shared_memory + to, 0, 16);
 }
-inline void commit_copies() {}
+inline void commit_copies() {
+  for (auto& copy : mine_copying()) copy->grouped = true;
+}
 // Lands what is chosen by `which`.
 template <class Which>
 void land_all(Which which) {
@@ -100,8 +111,9 @@ void land_all(Which which) {
 template <int N>
 void wait_copies() {
   if (N > 0) return;
-  land_all([](const Landing& landing) { return landing.thread == threadIdx.x; });
-  finish(begun[threadIdx.x]);
+  for (auto& copy : mine_copying()) {
+    if (copy->grouped) finish(*copy);  // nothing waits for others
+  }
 }
 template <typename V>
 V load_shared(uint32_t at) {
@@ -139,13 +151,10 @@ inline void mbarrier_arrive_warp(uint32_t at, int lane) {
   if (lane == 0) mbarrier_arrive(at);
 }
 inline void mbarrier_arrive_copies(uint32_t at) {
-  land({at,
-        [at, copies = std::move(begun[threadIdx.x])]() mutable {
-          finish(copies);
+  land({at, [at, copies = mine_copying()] {
+          for (auto& copy : copies) finish(*copy);
           mbarrier_arrive(at);
-        },
-        threadIdx.x});
-  begun[threadIdx.x].clear();
+        }});
 }
 inline void mbarrier_wait(uint32_t at, uint32_t parity) {
   Mbarrier& barrier = mbarriers.at(at);

@@ -1,36 +1,19 @@
 """The decode kernel's shares: every item of every lane once, and merges that know just who has the parts."""
 
-import shutil
 import subprocess
 from collections import defaultdict
 
 import numpy as np
 import pytest
 
-from tests.models import ROOT
+from tests.unit import on_cpu
 
-SOURCE = ROOT / "tests" / "unit" / "decode_schedule.cpp"
 PIECE, PAGE = 16, 256
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    out = tmp_path_factory.mktemp("schedule") / "schedule"
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        f"-I{ROOT / 'csrc'}",
-        f"-I{SOURCE.parent}",
-        str(SOURCE),
-        "-o",
-        str(out),
-    ]
-    subprocess.run(command, check=True)
-    return out
+    return on_cpu.build(tmp_path_factory.mktemp("schedule"), "decode_schedule")
 
 
 def shares(program, batch, columns=8, ctas=264, heads=(32, 8), window=256, chunk=False, sparse=(4, 4), most=16):

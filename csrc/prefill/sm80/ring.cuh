@@ -117,6 +117,7 @@ class Copier {
       own.id = own.next_id;
       copy4_async(shared_address(&own.word), region(own.next_id));
       copy4_async(shared_address(&own.next_id), entry(shared_.begin + i / kSubs + 2 * kStep));
+      commit_copies();  // or nothing waits for them
     }
   }
 
