@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
 
+from meters import Meter, yardstick
 from served import CASES, FP8, RIVALS, WAYS
 
 from hierasparse_vllm import results
@@ -132,6 +133,7 @@ def child(args: argparse.Namespace) -> None:
     if args.part == SPEED:  # what is compiled, loaded or allocated on first use
         engine.speed(1, min(case.tokens for case in cases))
         engine.speed(2, min(max(case.tokens for case in cases), WARM_CHUNKS * args.chunk))
+        about |= {"yardstick": yardstick()}
     # The short ones first: what fails early costs little.
     shapes = collections.defaultdict(list)
     for case in sorted(cases, key=lambda case: (case.requests * case.tokens, case.tokens)):
@@ -141,13 +143,13 @@ def child(args: argparse.Namespace) -> None:
             most, tried = engine.resident(tokens)
             tell(same[0].id, most, most > 0, tried=tried)
             continue
-        rate, step, fine = engine.speed(requests, tokens)
+        rate, step, fine, meters = engine.speed(requests, tokens)
         if args.profile:
             for line in engine.profile(requests, tokens, args.profile):
                 print("PROFILE", line, flush=True)
         for case in same:
             value = rate if case.kind == "prefill" else step
-            tell(case.id, value, fine)
+            tell(case.id, value, fine, **meters[case.kind].figures())
 
 
 class Engine:
@@ -203,24 +205,27 @@ class Engine:
     def preempted(self) -> bool:
         return any(request.num_preemptions for request in self.core.scheduler.requests.values())
 
-    def speed(self, requests: int, tokens: int) -> tuple[float, float, bool]:
-        """Prefill tokens per second, milliseconds of a decode step, and whether all requests decoded in every step."""
-        got = self.add(requests, tokens)
-        start = time.perf_counter()
-        while not all(got.values()):
-            self.step(got)
-        rate = requests * tokens / (time.perf_counter() - start)
+    def speed(self, requests: int, tokens: int) -> tuple[float, float, bool, dict[str, Meter]]:
+        """Prefill tokens per second, milliseconds of a decode step, whether all requests decoded in every step, and
+        what the GPU did meanwhile."""
+        got, meters = self.add(requests, tokens), {"prefill": Meter(), "decode": Meter()}
+        with meters["prefill"]:
+            start = time.perf_counter()
+            while not all(got.values()):
+                self.step(got)
+            rate = requests * tokens / (time.perf_counter() - start)
         steps, fine = 0, True
-        while steps < SETTLE + STEPS:
-            if steps == SETTLE:
-                start = time.perf_counter()
-            answered = self.step(got)
-            steps += answered > 0  # the first call of a pipelined engine only starts a step
-            fine &= answered in (0, requests)
-        step = (time.perf_counter() - start) / STEPS * 1e3
+        with meters["decode"]:
+            while steps < SETTLE + STEPS:
+                if steps == SETTLE:
+                    start = time.perf_counter()
+                answered = self.step(got)
+                steps += answered > 0  # the first call of a pipelined engine only starts a step
+                fine &= answered in (0, requests)
+            step = (time.perf_counter() - start) / STEPS * 1e3
         fine &= not self.preempted()
         self.end(got)
-        return rate, step, fine
+        return rate, step, fine, meters
 
     def profile(self, requests: int, tokens: int, steps: int) -> list[str]:
         """How long the steps of a prefill take, and which kernels some of them and of decoding run."""

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from tests.unit import scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 serving_benchmark, launch_profile = scripts.load("serving"), scripts.load("launch_profile")
+meters = scripts.load("meters")
 
 
 def documented(section):
@@ -362,3 +364,33 @@ def test_the_largest_number_that_fits_is_searched_from_the_blocks_of_one_request
     most, tried = engine.resident(1000)
     assert most == fits and tried.get(fits + 1) is False and (fits == 0 or tried[fits])
     assert len(set(engine.runs)) == len(engine.runs)
+
+
+def test_a_meter_tells_the_clock_and_power_of_its_block(monkeypatch):
+    clocks = iter([1980, 1500, 1600, *[1590] * 10_000])
+    nvml = SimpleNamespace(
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetClockInfo=lambda device, kind: next(clocks) if device == "GPU-17" and kind == 1 else None,
+        nvmlDeviceGetPowerUsage=lambda device: 690_400,
+    )
+    monkeypatch.setitem(sys.modules, "vllm.third_party", SimpleNamespace(pynvml=nvml))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid=17))
+    monkeypatch.setattr(meters, "EVERY", 1e-3)
+    with meters.Meter() as meter:
+        while len(meter.samples) < 9:
+            time.sleep(1e-3)
+    assert meter.figures() == {"mhz": 1590, "watts": 690}
+    count = len(meter.samples)
+    time.sleep(0.01)
+    assert len(meter.samples) == count, "nobody watches any more"
+
+
+def test_without_a_gpu_meters_tell_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with meters.Meter() as meter:
+        pass
+    assert meter.figures() == {} == meters.yardstick()
