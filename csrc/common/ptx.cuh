@@ -46,8 +46,6 @@ __device__ __forceinline__ int32_t load_kept(const int32_t* from) {
       : "l"(from));
   return x;
 }
-// A line into L1.
-__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L1 [%0];" ::"l"(line)); }
 
 // ---- copies
 // 16 bytes from global to shared memory, past L1.

@@ -50,15 +50,6 @@ __device__ __forceinline__ bool all_parts_there(const DecodeParams& p, const Pla
   return __any_sync(~0u, last);
 }
 
-// Nobody has anything to do before it, so it begins ahead of the first barrier.
-template <int kD, int kTiles>
-__device__ __forceinline__ void begin_plan(const DecodeParams& p, Shared<kD, kTiles>& shared) {
-  Begin begin;
-  const Line line = make_line(p, 8 * kTiles, block_index(), begin);
-  if (thread_index() % 32 == 0) shared.walk.begin(p, line, begin, block_index(), 8 * kTiles);
-  __syncwarp();
-}
-
 template <typename T, int kD, int kTiles>
 __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& shared) {
   const bool first_lane = thread_index() % 32 == 0;
@@ -66,21 +57,23 @@ __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& 
 #pragma unroll 1
   for (int n = 0;; ++n) {
     Plan& next = plans[n];
-    if (first_lane) shared.walk.next(p, next.segment);
+    if (first_lane) {
+      Walk walk = shared.walk;
+      walk.next(p, 8 * kTiles, next.segment);
+      shared.walk = walk;
+    }
     __syncwarp();
     const bool end = next.segment.end == 0;
     if (!end) {
-      Queries<kD, kTiles>::ahead(p, next.segment);
+      shared.queries[n % 2].begin(p, next);
       const int ids = load_ids(p, next.segment, next.segment.first_page());
       next.ids[thread_index() % 32] = ids;
       next.words[thread_index() % 32] = load_words(p, next.segment, ids, next.segment.first_page());
     }
     Plans::tell(plans.segment, n);
-    if (!end) {
-      shared.queries[n % 2].fetch(p, next);
-      if (first_lane && !next.segment.whole) next.sharers = shared.walk.sharers(next.segment);
-    }
+    if (!end) shared.queries[n % 2].end();
     Plans::tell(plans.queries, n);
+    if (!end && first_lane && !next.segment.whole) next.sharers = shared.walk.sharers(p, next.segment);
     if (n > 0) {
       const Plan& before = plans[n - 1];
       Plans::wait(plans.done, n - 1);
@@ -171,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   if (threadIdx.x < kWarps) shared.number[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.plans.init(), mbarrier_init(shared_address(&shared.verdict), 1);
   if (warp == 1) shared.rings.init();
-  if (warp == kPlanner) begin_plan(p, shared);
+  if (warp == kPlanner) shared.walk.begin(p, block_index(), 8 * kTiles);  // ahead of the first barrier: all wait for it
   __syncthreads();
   if (warp == kPlanner) {
     plan<T>(p, shared);

@@ -33,7 +33,7 @@ namespace {
 template <typename T, int kD, bool kTokens>
 cudaError_t with_tiles(const DecodeParams& p, cudaStream_t stream) {
   if constexpr (decode_columns(kD, 16, 1) > 8) {
-    if (decode_columns(kD, p.heads / p.cache.kv_heads, p.max_query_len) > 8) return run<T, kD, kTokens, 2>(p, stream);
+    if (decode_columns(kD, p.group, p.max_query_len) > 8) return run<T, kD, kTokens, 2>(p, stream);
   }
   return run<T, kD, kTokens, 1>(p, stream);
 }
@@ -45,6 +45,7 @@ int decode_ctas() { return device_attribute(cudaDevAttrMultiProcessorCount) * de
 
 void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   DecodeParams p = params;
+  p.group = p.heads / p.cache.kv_heads;
   p.head_bytes = p.cache.layout.head_bytes();
   p.scale_log2 = p.scale * kLog2E;
   if (p.heads % p.cache.kv_heads != 0) {

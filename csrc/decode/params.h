@@ -18,7 +18,8 @@ struct DecodeParams {
   int32_t* counters;       // [ctas], zero before the first launch; every launch leaves them zero
   int max_query_len;       // most queries of one request, at most kMaxQueryLen; requests with more are skipped
   int ctas;                // of decode_ctas()
-  // Set by launch_decode: worked out in the kernel, they would take registers.
+  // Set by launch_decode: worked out in the kernel, they would take registers and time.
+  int group;         // query heads of a KV head
   int head_bytes;    // of cache.layout
   float scale_log2;  // scale * kLog2E
 };

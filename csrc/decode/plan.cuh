@@ -68,72 +68,60 @@ __device__ __forceinline__ uint32_t load_words(const DecodeParams& p, const Segm
 // A lane's queries as operand B.
 template <int kD, int kTiles>
 struct Queries {
-  uint4 paged[kTiles * kD / 32 * 32];  // channels in stored order
-  uint4 plain[kTiles * kD / 32 * 32];  // ... in the order in which rows.cuh reads plain rows: the model's
+  static constexpr int kSteps = kD / 32;  // of a column's operand
 
-  // What `fetch` reads.
-  __device__ __forceinline__ static void ahead(const DecodeParams& p, const Segment& s) {
-    constexpr int kOrderLines = kD / 32, kLines = kD / 64;  // of 128 bytes: the head's order, a query
-    const int lane = thread_index() % 32, group = p.heads / p.cache.kv_heads;
-    if (lane < kOrderLines) prefetch(p.k_order + s.kv_head * kD + 32 * lane);
-#pragma unroll 1
-    for (int i = lane; i < 8 * kTiles * kLines; i += 32) {
-      const int column = s.block * 8 * kTiles + i / kLines, query = column / group;
-      const uint8_t* from = static_cast<const uint8_t*>(p.query) + (s.request.row + query) * p.query_row_stride +
-                            (s.kv_head * group + column % group) * p.query_head_stride + i % kLines * 128;
-      if (query < s.request.queries) prefetch(from);
-    }
-  }
-  __device__ __forceinline__ void fetch(const DecodeParams& p, Plan& plan) {
-    constexpr int kTurns = kTiles * kD / 32;
+  uint4 paged[kTiles * kSteps * 32];  // channels in stored order
+  uint4 plain[kTiles * kSteps * 32];  // ... in the order in which rows.cuh reads plain rows: the model's
+  int32_t order[kD];                  // the model's channel at each place of the stored order
+
+  // A warp says which columns a segment has, and begins to copy their queries.
+  __device__ __forceinline__ void begin(const DecodeParams& p, Plan& plan) {
     const Segment& s = plan.segment;
     const Request& q = s.request;
-    const int lane = thread_index() % 32, group = p.heads / p.cache.kv_heads, first = s.block * 8 * kTiles;
-    if (lane < 8 * kTiles) {
-      const int query = (first + lane) / group, position = q.first + query;
-      const bool real = query < q.queries;
-      Columns& columns = plan.columns;
-      columns.row[lane] = real ? q.row + query : -1;
-      columns.head[lane] = s.kv_head * group + (first + lane) % group;
-      columns.position[lane] = real ? position : -1;
-      columns.border[lane] = !real                     ? 0
-                             : p.batch.own_chunk_dense ? q.low
-                                                       : compressed_below(position, p.batch.local_window);
-    }
-    constexpr int kBatch = kTurns < 4 ? kTurns : 4;  // of loads under way together
+    const int lane = thread_index() % 32;
 #pragma unroll 1
-    for (int base = 0; base < kTurns; base += kBatch) {
-      uint4 x[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        // 16 bytes of a column's query: 8 columns x kD / 8 pieces of each tile.
-        const int at = (base + i) * 32 + lane, column = first + at / (kD / 8), piece = at % (kD / 8);
-        const int query = column / group;
-        const uint8_t* from = static_cast<const uint8_t*>(p.query) + (q.row + query) * p.query_row_stride +
-                              (s.kv_head * group + column % group) * p.query_head_stride + piece * 16;
-        x[i] = query < q.queries ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int at = (base + i) * 32 + lane, column = at / (kD / 8), piece = at % (kD / 8);
-        plain[(column / 8 * (kD / 32) + piece / 4) * 32 + 4 * (column % 8) + piece % 4] = x[i];
-      }
+    for (int at = 4 * lane; at < kD; at += 4 * 32) {
+      copy16_async(shared_address(order + at), p.k_order + s.kv_head * kD + at);
     }
+#pragma unroll 1
+    for (int n = 0; n < kTiles; ++n) {
+      // Lane 8 i + c copies every fourth piece of 16 bytes, from the i-th on, of column c.
+      const int column = 8 * n + lane % 8, number = s.block * 8 * kTiles + column;
+      const int query = number / p.group, position = q.first + query;
+      const int row = q.row + query, head = s.kv_head * p.group + number - query * p.group;
+      const bool real = query < q.queries;
+      if (lane < 8) {
+        Columns& columns = plan.columns;
+        columns.row[column] = real ? row : -1;
+        columns.head[column] = head;
+        columns.position[column] = real ? position : -1;
+        columns.border[column] = !real                     ? 0
+                                 : p.batch.own_chunk_dense ? q.low
+                                                           : compressed_below(position, p.batch.local_window);
+      }
+      const uint8_t* from = static_cast<const uint8_t*>(p.query) + row * p.query_row_stride +
+                            head * p.query_head_stride + lane / 8 * 16;
+      const uint32_t to = shared_address(plain + n * kSteps * 32 + 4 * (lane % 8) + lane / 8);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) copy16_async_or_zero(to + i * 512, from + i * 64, real);
+    }
+    commit_copies();
+  }
+
+  // It waits for them and makes the other order.
+  __device__ __forceinline__ void end() {
+    wait_copies<0>();
     __syncwarp();
-    const uint16_t* values = reinterpret_cast<const uint16_t*>(plain);
-    const int g = lane / 4, t = lane % 4;
-    const int32_t* order = p.k_order + s.kv_head * kD + 2 * t;
-#pragma unroll 2
-    for (int i = 0; i < kTurns; ++i) {
-      const int n = i / (kD / 32), step = i % (kD / 32);
-      auto value = [&](int c) {
-        return uint32_t{values[((n * (kD / 32) + c / 32) * 32 + 4 * g + c % 32 / 8) * 8 + c % 8]};
-      };
+    const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (int i = 0; i < kTiles * kSteps; ++i) {
+      const uint16_t* row = reinterpret_cast<const uint16_t*>(plain) + i / kSteps * (8 * kD) + 32 * g;
+      auto value = [&](int channel) { return uint32_t{row[channel / 32 * 256 + channel % 32]}; };
       uint32_t y[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int2 channel = __ldg(reinterpret_cast<const int2*>(order + 32 * step + 8 * r));
-        y[r] = value(channel.x) | value(channel.y) << 16;
+        const int2 channels = *reinterpret_cast<const int2*>(order + i % kSteps * 32 + 8 * r + 2 * t);
+        y[r] = value(channels.x) | value(channels.y) << 16;
       }
       paged[i * 32 + lane] = make_uint4(y[0], y[1], y[2], y[3]);
     }

@@ -39,7 +39,7 @@ struct Request {
   int row, queries, first;  // first row of the batch, how many, and the position of the first
   int low, high;            // the borders of the first and of the last query
   int pieces;               // of the window, from `low` on
-  int lanes;                // 0: not for this kernel
+  int blocks, lanes;        // 0: not for this kernel
   __device__ int pages() const { return high / kPageTokens; }
   __device__ int items() const { return kSubs * pages() + pieces; }
 };
@@ -59,23 +59,23 @@ __device__ __forceinline__ Request read_request(const DecodeParams& p, int r, in
   q.low = compressed_below(q.first, p.batch.local_window);
   q.high = p.batch.own_chunk_dense ? q.low : compressed_below(length - 1, p.batch.local_window);
   q.pieces = (length - q.low + kPiece - 1) / kPiece;
-  const int rows = q.queries * (p.heads / p.cache.kv_heads);
-  q.lanes = p.cache.kv_heads * ((rows + columns - 1) / columns);
+  q.blocks = (q.queries * p.group + columns - 1) / columns;
+  q.lanes = p.cache.kv_heads * q.blocks;
   return q;
 }
 
-__device__ __forceinline__ int64_t lane_cost(const Request& q, int page) {
-  return int64_t{q.pages()} * page + q.pieces * kPieceCost + kLaneCost;
+__device__ __forceinline__ int lane_cost(const Request& q, int page) {
+  return q.pages() * page + q.pieces * kPieceCost + kLaneCost;
 }
 // Where item i of a lane begins, and the first item that begins at a place of the lane or behind it.
 __device__ __forceinline__ int64_t item_start(const Request& q, int page, int i) {
   const int subs = kSubs * q.pages();
   return i < subs ? int64_t{i} * page / kSubs : int64_t{q.pages()} * page + (i - subs) * kPieceCost;
 }
-__device__ __forceinline__ int item_from(const Request& q, int page, int64_t place) {
-  const int64_t pages = int64_t{q.pages()} * page;
-  if (place <= pages) return static_cast<int>((kSubs * place + page - 1) / page);
-  const int item = kSubs * q.pages() + static_cast<int>(place - pages + kPieceCost - 1) / kPieceCost;
+__device__ __forceinline__ int item_from(const Request& q, uint32_t page, uint32_t place) {
+  const uint32_t pages = q.pages() * page;
+  if (place <= pages) return (kSubs * place + page - 1) / page;
+  const int item = kSubs * q.pages() + (place - pages + kPieceCost - 1) / kPieceCost;
   return item < q.items() ? item : q.items();
 }
 
@@ -92,79 +92,12 @@ struct Line {
   }
 };
 
-struct Begin {
-  int request;
-  int64_t place;  // of the request's first lane
-};
-
 // Shares of each of `lanes` lanes, which cost `least` to `most`; 0: they are not even enough.
 __device__ __forceinline__ int even_parts(int lanes, int least, int most, int ctas) {
   if (lanes > ctas || most - least > most / kEven) return 0;
   const int fit = ctas / lanes, useful = max(least / kLeastShare, 1);
   if (useful < fit) return useful;
   return ctas - fit * lanes <= ctas / kEven && most <= fit * kShortShare ? fit : 0;
-}
-
-// The whole line, and the request in which this CTA begins.  A warp calls it; an empty line has ctas = 0.
-__device__ inline Line make_line(const DecodeParams& p, int columns, int cta, Begin& begin) {
-  constexpr int kAtOnce = 2;  // requests of a lane, whose loads are under way together
-  const int lane = threadIdx.x % 32, page = page_cost(p.cache.layout);
-  int64_t cost[kAtOnce], upto[kAtOnce];      // upto: of this request and of all before it
-  int lanes = 0, least = INT_MAX, most = 0;  // how many, and what one costs
-  auto look = [&](int base, int64_t before, int64_t stretched) {
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int r = base + 32 * k + lane;
-      const Request q = r < p.batch.requests ? read_request(p, r, columns) : Request{};
-      const int64_t one = stretched > 0 ? stretched : lane_cost(q, page);
-      cost[k] = q.lanes * one;
-      if (q.lanes == 0) continue;
-      lanes += q.lanes, least = min(least, static_cast<int>(one)), most = max(most, static_cast<int>(one));
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      int64_t x = cost[k];
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int64_t y = __shfl_up_sync(~0u, x, step);
-        if (lane >= step) x += y;
-      }
-      upto[k] = before + x;
-      before = __shfl_sync(~0u, upto[k], 31);
-    }
-    return before;
-  };
-  int64_t total = 0;
-  for (int base = 0; base < p.batch.requests; base += 32 * kAtOnce) total = look(base, total, 0);
-  Line line{0, 0, 0, 0};
-  if (total == 0) return line;
-  lanes = __reduce_add_sync(~0u, lanes), least = __reduce_min_sync(~0u, least), most = __reduce_max_sync(~0u, most);
-  line.parts = even_parts(lanes, least, most, p.ctas);
-  if (line.parts > 0) {
-    line.ctas = lanes * line.parts, line.share = most / line.parts;
-  } else {
-    const int64_t useful = total / kLeastShare;
-    line.ctas = useful < 1 ? 1 : useful < p.ctas ? static_cast<int>(useful) : p.ctas;
-    line.share = total / line.ctas, line.rest = static_cast<int>(total - line.share * line.ctas);
-  }
-  if (cta >= line.ctas) return line;
-  const int64_t mine = line.cut(cta);
-  int64_t before = 0;
-  for (int base = 0; base < p.batch.requests; base += 32 * kAtOnce) {
-    // Else its values are still here.
-    if (line.parts > 0 || p.batch.requests > 32 * kAtOnce) before = look(base, before, line.parts * line.share);
-    int found = 0;  // in this lane: 1 + request
-    int64_t place = 0;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      if (upto[k] - cost[k] <= mine && mine < upto[k]) found = 1 + base + 32 * k + lane, place = upto[k] - cost[k];
-    }
-    const int request = static_cast<int>(__reduce_max_sync(~0u, static_cast<uint32_t>(found))) - 1;
-    if (request < 0) continue;
-    begin = {request, __shfl_sync(~0u, place, request % 32)};
-    break;
-  }
-  return line;
 }
 
 // What a CTA does next: items first .. end - 1 of a lane.
@@ -188,61 +121,115 @@ struct Sharers {
   int part_of_owner;  // which of its two the owner's part is
 };
 
-// A CTA's way along its share of the line.  One thread goes it, in shared memory: its numbers would take registers.
+// A CTA's way along its share of the line.  Kept in shared memory, since it would take registers.  Nobody has anything
+// to do before the first segment is known, and a launch finds its instructions as little in a cache as its data: so
+// nothing here is there twice or unrolled, and what can wait is apart from what cannot.
 class Walk {
  public:
-  __device__ void begin(const DecodeParams& p, const Line& line, const Begin& begin, int cta, int columns) {
-    start_ = to_ = 0;
-    if (cta >= line.ctas) return;
-    line_ = line, from_ = line.cut(cta), to_ = line.cut(cta + 1), columns_ = columns;
-    page_ = page_cost(p.cache.layout), number_ = begin.request, request_ = read_request(p, number_, columns);
-    cost_ = cost();
-    lane_ = static_cast<int>((from_ - begin.place) / cost_);
-    start_ = begin.place + lane_ * cost_;
+  // A warp calls it, for a walk that all its lanes see: the line, and where on it this CTA begins.
+  __device__ void begin(const DecodeParams& p, int cta, int columns) {
+    const int lane = thread_index() % 32, page = page_cost(p.cache.layout);
+    int lanes = 0, least = INT_MAX, most = 0;  // how many there are, and what one of them costs
+    Request q{};                               // one for each thread,
+    int one = 0;                               // what its lanes cost on the line, each,
+    int64_t upto = 0;                          // and where they end
+    Line line{};
+    // All requests are added up; then the one is found in which this CTA begins.
+#pragma unroll 1
+    for (bool known = false;; known = true) {
+      int64_t before = 0;
+#pragma unroll 1
+      for (int base = 0; base < p.batch.requests; base += 32) {
+        if (!known || line.parts > 0 || p.batch.requests > 32) {  // else all that is still here
+          q = base + lane < p.batch.requests ? read_request(p, base + lane, columns) : Request{};
+          one = lane_cost(q, page);
+          if (q.lanes > 0 && !known) lanes += q.lanes, least = min(least, one), most = max(most, one);
+          if (line.parts > 0) one = static_cast<int>(line.parts * line.share);
+          upto = int64_t{q.lanes} * one;
+#pragma unroll 1
+          for (int step = 1; step < 32; step *= 2) {
+            const int64_t y = __shfl_up_sync(~0u, upto, step);
+            if (lane >= step) upto += y;
+          }
+          upto += before;
+        }
+        before = __shfl_sync(~0u, upto, 31);
+        if (!known) continue;
+        const int64_t mine = line.cut(cta), start = upto - int64_t{q.lanes} * one;
+        const bool here = start <= mine && mine < upto;
+        if (here) {
+          line_ = line, from_ = mine, to_ = line.cut(cta + 1);
+          request_ = q, number_ = base + lane, cost_ = one;
+          lane_ = static_cast<int>((mine - start) / one), start_ = start + int64_t{lane_} * one;
+        }
+        if (__any_sync(~0u, here)) return;
+      }
+      if (known || before == 0) break;
+      lanes = __reduce_add_sync(~0u, lanes), least = __reduce_min_sync(~0u, least);
+      most = __reduce_max_sync(~0u, most);
+      line.parts = even_parts(lanes, least, most, p.ctas);
+      if (line.parts > 0) {
+        line.ctas = lanes * line.parts, line.share = most / line.parts;
+      } else {
+        const int64_t useful = before / kLeastShare;
+        line.ctas = useful < 1 ? 1 : useful < p.ctas ? static_cast<int>(useful) : p.ctas;
+        line.share = before / line.ctas, line.rest = static_cast<int>(before - line.share * line.ctas);
+      }
+      if (cta >= line.ctas) break;
+    }
+    if (lane == 0) start_ = to_ = 0;
   }
 
-  __device__ void next(const DecodeParams& p, Segment& s) {
-    for (s.first = s.end = 0; s.first == s.end && start_ < to_; step(p)) {
-      const int items = request_.items();
-      s.first = from_ > start_ ? item_at(from_) : 0;
-      s.end = to_ >= start_ + cost_ ? items : item_at(to_);
-      if (s.first == s.end) continue;  // the share begins behind the start of a lane's last item
-      const int blocks = request_.lanes / p.cache.kv_heads;
-      s.request = request_, s.number = number_, s.kv_head = lane_ / blocks, s.block = lane_ % blocks;
-      s.part = from_ < start_, s.whole = s.first == 0 && s.end == items;
+  // One thread goes on.
+  __device__ void next(const DecodeParams& p, int columns, Segment& s) {
+    const int page = page_cost(p.cache.layout);
+#pragma unroll 1
+    for (s.end = 0; start_ < to_ && s.end == 0; start_ += cost_, ++lane_) {
+      if (lane_ == request_.lanes) {
+        do request_ = read_request(p, ++number_, columns);
+        while (request_.lanes == 0);
+        lane_ = 0, cost_ = lane_cost(request_, page);
+        if (line_.parts > 0) cost_ = static_cast<int>(line_.parts * line_.share);
+      }
+      int first = 0, end = 0;
+#pragma unroll 1
+      for (int64_t place = from_;; place = to_) {
+        first = end, end = item_at(page, place);
+        if (place == to_) break;
+      }
+      if (first == end) continue;  // the share begins behind the start of a lane's last item
+      s.request = request_, s.number = number_;
+      s.kv_head = lane_ / request_.blocks, s.block = lane_ - s.kv_head * request_.blocks;
+      s.first = first, s.end = end;
+      s.part = from_ < start_, s.whole = first == 0 && end == request_.items();
       s.start = start_;
     }
-    if (s.first == s.end) s.end = 0;
   }
 
-  // Apart from `next`, since its divisions can wait until the stream runs.
-  __device__ Sharers sharers(const Segment& s) const {
+  // Asked for when the stream runs: its divisions are long.
+  __device__ Sharers sharers(const DecodeParams& p, const Segment& s) const {
     const int owner = line_.owner(s.start);
     if (line_.parts > 0) return {owner, line_.parts, 0};
-    const int last = line_.owner(s.start + item_start(s.request, page_, s.request.items() - 1));
-    return {owner, last - owner + 1, line_.cut(owner) < s.start};
+    const int64_t last_item = item_start(s.request, page_cost(p.cache.layout), s.request.items() - 1);
+    return {owner, line_.owner(s.start + last_item) - owner + 1, line_.cut(owner) < s.start};
   }
 
  private:
-  __device__ int64_t cost() const { return line_.parts > 0 ? line_.parts * line_.share : lane_cost(request_, page_); }
-  // The first item that begins at a place of the line, which is in the lane, or behind it.
-  __device__ int item_at(int64_t place) const {
-    const int64_t in_lane = place - start_;
-    return item_from(request_, page_, line_.parts > 0 ? in_lane * lane_cost(request_, page_) / cost_ : in_lane);
-  }
-  __device__ void step(const DecodeParams& p) {
-    start_ += cost_;
-    if (start_ >= to_ || ++lane_ < request_.lanes) return;
-    lane_ = 0;
-    do request_ = read_request(p, ++number_, columns_);
-    while (request_.lanes == 0);
-    cost_ = cost();
+  // The first item of the lane that begins at a place of the line or behind it.
+  __device__ int item_at(int page, int64_t place) const {
+    if (place <= start_) return 0;
+    if (place >= start_ + cost_) return request_.items();
+    int in_lane = static_cast<int>(place - start_);
+    if (line_.parts > 0) {  // whole shares: as many of the lane before it is stretched
+      in_lane = in_lane / static_cast<int>(line_.share) * lane_cost(request_, page) / line_.parts;
+    }
+    return item_from(request_, page, in_lane);
   }
 
   Line line_;
   Request request_;
-  int64_t from_, to_, start_, cost_;  // the share; the lane
-  int number_, lane_, page_, columns_;
+  int64_t from_, to_, start_;  // the share; the lane
+  int cost_, number_, lane_;   // what the lane costs; request; lane of it
 };
 
 }  // namespace hierasparse::decode

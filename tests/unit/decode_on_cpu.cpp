@@ -56,7 +56,7 @@ int main(int, char** arguments) {
   std::vector<float> workspace(decode_workspace_floats(d, p.ctas), NAN);
   std::vector<int32_t> counters(p.ctas);
   p.workspace = workspace.data(), p.counters = counters.data();
-  p.head_bytes = p.cache.layout.head_bytes(), p.scale_log2 = p.scale * kLog2E;
+  p.group = p.heads / p.cache.kv_heads, p.head_bytes = p.cache.layout.head_bytes(), p.scale_log2 = p.scale * kLog2E;
   shared_memory = decode::memory, copies_have_barriers = true;
   const int tiles = decode_columns(d, p.heads / p.cache.kv_heads, p.max_query_len) / 8;
   const bool tokens = p.cache.value_axis_token;

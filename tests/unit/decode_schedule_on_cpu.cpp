@@ -22,19 +22,19 @@ int main() {
     std::cin >> lengths[r] >> queries;
     starts[r + 1] = starts[r] + queries;
   }
+  p.group = p.heads / p.cache.kv_heads;
   p.batch.seq_lens = lengths.data(), p.batch.query_start = starts.data(), p.batch.requests = requests;
   p.cache.layout = PageLayout{128, 2, sparse_k, sparse_v, 1, true};
   static Walk walk;
   emulation::launch(p.ctas, 32, [&] {
     const int cta = blockIdx.x;
-    Begin begin;
-    const Line line = make_line(p, columns, cta, begin);
+    walk.begin(p, cta, columns);
+    __syncwarp();
     if (threadIdx.x != 0) return;
-    walk.begin(p, line, begin, cta, columns);
     for (Segment s;;) {
-      walk.next(p, s);
+      walk.next(p, columns, s);
       if (s.end == 0) return;
-      const Sharers sharers = s.whole ? Sharers{cta, 1, s.part} : walk.sharers(s);
+      const Sharers sharers = s.whole ? Sharers{cta, 1, s.part} : walk.sharers(p, s);
       std::printf("%d %d %d %d %d %d %d %d %d %d %d\n", cta, s.number, s.kv_head, s.block, s.first, s.end, s.part,
                   s.whole, sharers.owner, sharers.count, sharers.part_of_owner);
     }

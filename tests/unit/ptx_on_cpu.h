@@ -77,7 +77,6 @@ inline Copies& mine_copying() {
   return copies;
 }
 inline int32_t load_kept(const int32_t* from) { return *from; }
-inline void prefetch(const void*) {}
 inline void copy_async(uint32_t to, const void* from, uint32_t bytes) {
   if (!copies_have_barriers) {
     memcpy(shared_memory + to, from, bytes);
@@ -90,7 +89,7 @@ inline void copy_async(uint32_t to, const void* from, uint32_t bytes) {
 inline void copy16_async(uint32_t to, const void* from) { copy_async(to, from, 16); }
 inline void copy4_async(uint32_t to, const void* from) { copy_async(to, from, 4); }
 inline void copy16_async_or_zero(uint32_t to, const void* from, bool real) {
-  real ? memcpy(shared_memory + to, from, 16) : memset(shared_memory + to, 0, 16);
+  real ? copy_async(to, from, 16) : void(memset(shared_memory + to, 0, 16));
 }
 inline void commit_copies() {
   for (auto& copy : mine_copying()) copy->grouped = true;
