@@ -23,7 +23,7 @@ from tests.unit import scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 serving_benchmark, launch_profile = scripts.load("serving"), scripts.load("launch_profile")
-meters = scripts.load("meters")
+meters, power = scripts.load("meters"), scripts.load("power")
 
 
 def documented(section):
@@ -394,3 +394,15 @@ def test_without_a_gpu_meters_tell_nothing(monkeypatch):
     with meters.Meter() as meter:
         pass
     assert meter.figures() == {} == meters.yardstick()
+
+
+def test_power_times_what_runs_over_and_over(monkeypatch, capsys):
+    """And it runs nothing else in between, however short or long one run is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(power, "SETTLE", 0.01)
+    monkeypatch.setattr(power, "SECONDS", 0.05)
+    for seconds in (0.002, 0.2):
+        power.measure("a nap", lambda seconds=seconds: time.sleep(seconds))
+        took, unit = re.fullmatch(r"a nap +([\d.]+) (ms)  \{\}\n", capsys.readouterr().out).groups()
+        assert unit == "ms" and seconds * 1e3 <= float(took) < 2 * seconds * 1e3

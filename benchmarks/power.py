@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Why a prefill's clock is what it is: time, power and clock of what its layers run, and whether our kernels leave
+something behind that makes other kernels draw more.
+
+    python benchmarks/power.py layer     # products of a layer, each attention, and both together
+    python benchmarks/power.py behind    # one product of matrices, again and again behind each of our kernels
+
+Shapes are those of Llama-3.1-8B and chunks of 8,192 tokens.  At the power limit, energy is time: what takes longer in a
+mix than in its parts drew more there.  About a minute each on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from meters import Meter, yardstick
+
+from hierasparse_vllm.bench import cases, kernels, rivals
+from hierasparse_vllm.bench.caches import Caches
+
+ROWS = 8192
+LAYER = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+"""Depth and columns of a layer's products."""
+CONTEXTS = 8192, 65536
+STOCK_PAGE, OUR_PAGE = 16, 256
+"""Tokens per page: vLLM's default, and what `expand` gives FlashAttention."""
+SETTLE, SECONDS = 0.4, 1.0
+"""Of each measurement; the clock follows the power in tenths of a second."""
+DECODES = 500
+
+Run = Callable[[], None]
+
+
+def products(device: torch.device) -> Run:
+    """The products of matrices of a layer."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    pairs = [(random(ROWS, depth), random(columns, depth).t()) for depth, columns in LAYER]
+    return lambda: [torch.mm(a, b) for a, b in pairs]
+
+
+def measure(name: str, run: Run) -> None:
+    """Print milliseconds of a run, over and over, and what the GPU did meanwhile."""
+
+    def repeat(seconds: float) -> float:
+        done, start, took = 0, time.perf_counter(), -1.0
+        while took < seconds:
+            for _ in range(at_once):
+                run()
+            torch.cuda.synchronize()
+            done, took = done + at_once, time.perf_counter() - start
+        return took / done
+
+    at_once = 1
+    repeat(0.0)  # what is compiled, loaded or allocated on first use
+    at_once = max(1, int(0.1 / repeat(0.0)))
+    repeat(SETTLE)
+    with Meter() as meter:
+        took = repeat(SECONDS)
+    print(f"{name:44} {took * 1e3:8.3f} ms  {meter.figures()}", flush=True)
+
+
+def layer(device: torch.device) -> None:
+    """What a layer of a prefill runs, apart and together."""
+    multiply = products(device)
+    measure("products", multiply)
+    for tokens in CONTEXTS:
+        case = replace(case_named("chunk8192-ctx8192-expand"), tokens=tokens)
+        runs = {f"FlashAttention-3, pages of {page}": flash(case, page, device) for page in (STOCK_PAGE, OUR_PAGE)}
+        ops = kernels.cuda_ops(case, device)
+        caches, storing = Caches(case, ops, device), Caches(replace(case, work="update"), ops, device)
+
+        def ours(caches: Caches = caches, storing: Caches = storing) -> None:
+            storing.update(storing.steps[0])
+            caches.attend(caches.steps[0])
+
+        for name, run in (runs | {"ours: store, compress, attend": ours}).items():
+            measure(f"{tokens:6} tokens: {name}", run)
+            measure(f"{tokens:6} tokens: products and that", lambda run=run: (multiply(), run()))
+
+
+def flash(case: cases.Case, page: int, device: torch.device) -> Run:
+    """FlashAttention-3 on a dense cache with such pages."""
+    usual, cases.RIVAL_PAGE = cases.RIVAL_PAGE, page
+    try:
+        return rivals.variants(case, 1, device)["own splits"][0]
+    finally:
+        cases.RIVAL_PAGE = usual
+
+
+def behind(device: torch.device) -> None:
+    """The yardstick, twice each time, in a fresh process and behind each of our kernels."""
+
+    def say(what: str) -> None:
+        for _ in range(2):
+            torch.cuda.empty_cache()
+            print(f"{what:44} {yardstick(1.2)}", flush=True)
+
+    say("nothing of ours")
+    for name, id, times in (
+        ("store and compress", "compress-prefill", 20),
+        ("decode", "decode-b8-s32768", DECODES),
+        ("expand", "chunk8192-ctx8192-expand", 20),
+    ):
+        case = case_named(id)
+        caches = Caches(case, kernels.cuda_ops(case, device), device)
+        op = caches.attend if case.work == "attend" else caches.update
+        say(f"before {name}: caches only")
+        for _ in range(times):
+            op(caches.steps[0])
+        torch.cuda.synchronize()
+        say(f"behind {name}")
+        del caches, op
+
+
+def case_named(id: str) -> cases.Case:
+    return next(case for case in cases.CASES if case.id == id)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layer", "behind"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no NVIDIA GPU here, and this measures one")
+    {"layer": layer, "behind": behind}[args.what](torch.device("cuda", torch.cuda.current_device()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
