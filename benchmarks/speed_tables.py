@@ -22,6 +22,7 @@ from served import OURS, RIVALS, TOKEN, WAYS
 from hierasparse_vllm.bench import kernels
 from hierasparse_vllm.bench.cases import CASES
 
+EARLIER = "†"
 ROWS = ROOT / "benchmarks" / "results" / "h200.json"
 
 
@@ -57,12 +58,22 @@ def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
             unit = beside[0]["unit"].removesuffix("/step")
             line = [served.what, way.shown, f"{figure(beside[0]['ours'])} {unit}"]
             for r in beside:
-                line += ["", ""] if r is None else [figure(r["rival"]), times(r["ratio"])]
+                line += (
+                    ["", ""] if r is None else [figure(r["rival"]), times(r["ratio"]) + EARLIER * elsewhere(r, beside)]
+                )
             target = None if way.suffix else served.target  # of the default options
             body.append([*line, goal(target, beside[0]), f"`{id + way.suffix}`"])
     what = "vLLM engine, Llama-3.1-8B shapes"
     head = [what, "options", "ours", "bf16 cache", "better", "fp8 cache", "better", "target", "row"]
-    return [*markdown(head, body), "", place(found)]
+    note = (
+        f" {EARLIER} to ours in the run of that rival." if any(EARLIER in cell for row in body for cell in row) else ""
+    )
+    return [*markdown(head, body), "", place(found) + note]
+
+
+def elsewhere(row: dict[str, Any], beside: list[dict[str, Any] | None]) -> bool:
+    """Whether the row has another figure of ours than the first one, which the table shows."""
+    return row["ours"] != beside[0]["ours"]
 
 
 def served_shortly(rows: Rows) -> list[str]:

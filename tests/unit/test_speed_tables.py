@@ -28,3 +28,12 @@ def test_a_missed_target_is_named_and_a_red_row_is_not_quoted(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([row | {"gate": "red"}]))
     assert speed_tables.green(path) == {}
+
+
+def test_a_ratio_to_another_figure_of_ours_says_so():
+    row = {"unit": "ms/step", "ours": 2.0, "rival": 3.0, "ratio": 1.5, "date": "2026-11-29", "commit": "abc"}
+    row["versions"] = {"device": "NVIDIA H200", "vllm": "0.26.0", "torch": "2.11.0"}
+    id = "serve-decode-8x32768"
+    for ours, says in ((2.0, False), (2.5, True)):
+        rows = {id: row, f"{id}-vs-fp8": row | {"ours": ours}}
+        assert ("†" in " ".join(speed_tables.serving(rows))) == says
