@@ -22,7 +22,7 @@ static void decode(const Batch& batch, const Cache& cache, uintptr_t query, uint
                             out_head_stride,
                             heads,
                             scale,
-                            ints(k_order, "k_order"),
+                            pointer<const int32_t>(k_order, "k_order"),
                             pointer<float>(workspace, "workspace"),
                             pointer<int32_t>(counters, "counters", alignof(int32_t)),
                             max_query_len,

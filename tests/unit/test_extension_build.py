@@ -94,7 +94,8 @@ def test_wrong_arguments_are_refused_in_a_sentence(built):
         rows = dict(zip(("query_row_stride", "query_head_stride", "out_row_stride", "out_head_stride"), [256] * 4))
         good = dict(query=64, out=64, heads=4, scale=1, k_order=64, workspace=64, counters=64, max_query_len=1, ctas=1,
                     stream=0, **rows)
-        for name, value in (("query", 0), ("out", 8), ("heads", 0), ("out_row_stride", 8), ("max_query_len", 17)):
+        for name, value in (("query", 0), ("out", 8), ("heads", 0), ("k_order", 72), ("out_row_stride", 8),
+                            ("max_query_len", 17)):
             try:
                 _C.decode(step, layer, **(good | {name: value}))
             except ValueError as error:
@@ -103,7 +104,7 @@ def test_wrong_arguments_are_refused_in_a_sentence(built):
     lines = [line.split(" | ") for line in run_with_module(built[0], code)]
     assert [name for name, _ in lines] == [
         "seq_lens", "page_table", "window_block", "local_window", "pages", "window", "head_size", "sparse_k",
-        "page_stride", "window_stride", "dtype", "value_axis", "query", "out", "heads", "out_row_stride",
+        "page_stride", "window_stride", "dtype", "value_axis", "query", "out", "heads", "k_order", "out_row_stride",
         "max_query_len",
     ]  # fmt: skip
     assert all(name.split("_row")[0] in sentence and sentence.endswith(".") for name, sentence in lines)
