@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -62,6 +63,17 @@ class Meter:
         pynvml.nvmlShutdown()
 
 
+def over_and_over(run: Callable[[], object], seconds: float, at_once: int) -> float:
+    """Mean seconds of a run, repeated for at least so long; the host waits for the GPU after every ``at_once`` runs."""
+    done, start, took = 0, time.perf_counter(), -1.0
+    while took < seconds:
+        for _ in range(at_once):
+            run()
+        torch.cuda.synchronize()
+        done, took = done + at_once, time.perf_counter() - start
+    return took / done
+
+
 def yardstick(seconds: float = 2.0) -> dict[str, float]:
     """TFLOP/s of a bfloat16 product, over and over for so long, and the clock that it leaves; empty without a GPU.
 
@@ -72,12 +84,6 @@ def yardstick(seconds: float = 2.0) -> dict[str, float]:
     m, k, n = PRODUCT
     random = torch.Generator("cuda").manual_seed(0)
     a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=random) for shape in ((m, k), (k, n)))
-    done, at_once, start = 0, 50, time.perf_counter()
     with Meter() as meter:
-        while time.perf_counter() - start < seconds:
-            for _ in range(at_once):
-                torch.mm(a, b)
-            torch.cuda.synchronize()
-            done += at_once
-        took = time.perf_counter() - start
-    return {"tflops": round(done * 2 * m * k * n / took / 1e12, 1)} | meter.figures()
+        took = over_and_over(lambda: torch.mm(a, b), seconds, at_once=50)
+    return {"tflops": round(2 * m * k * n / took / 1e12, 1)} | meter.figures()

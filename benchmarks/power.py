@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from meters import Meter, yardstick
+from meters import Meter, over_and_over, yardstick
 
 from hierasparse_vllm.bench import cases, kernels, rivals
 from hierasparse_vllm.bench.caches import Caches
+from hierasparse_vllm.bench.timing import Run
 
 ROWS = 8192
 LAYER = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
@@ -36,8 +35,6 @@ STOCK_PAGE, OUR_PAGE = 16, 256
 SETTLE, SECONDS = 0.4, 1.0
 """Of each measurement; the clock follows the power in tenths of a second."""
 DECODES = 500
-
-Run = Callable[[], None]
 
 
 def products(device: torch.device) -> Run:
@@ -52,22 +49,11 @@ def products(device: torch.device) -> Run:
 
 def measure(name: str, run: Run) -> None:
     """Print milliseconds of a run, over and over, and what the GPU did meanwhile."""
-
-    def repeat(seconds: float) -> float:
-        done, start, took = 0, time.perf_counter(), -1.0
-        while took < seconds:
-            for _ in range(at_once):
-                run()
-            torch.cuda.synchronize()
-            done, took = done + at_once, time.perf_counter() - start
-        return took / done
-
-    at_once = 1
-    repeat(0.0)  # what is compiled, loaded or allocated on first use
-    at_once = max(1, int(0.1 / repeat(0.0)))
-    repeat(SETTLE)
+    over_and_over(run, 0.0, at_once=1)  # what is compiled, loaded or allocated on first use
+    at_once = max(1, int(0.1 / over_and_over(run, 0.0, at_once=1)))
+    over_and_over(run, SETTLE, at_once)
     with Meter() as meter:
-        took = repeat(SECONDS)
+        took = over_and_over(run, SECONDS, at_once)
     print(f"{name:44} {took * 1e3:8.3f} ms  {meter.figures()}", flush=True)
 
 
@@ -77,26 +63,20 @@ def layer(device: torch.device) -> None:
     measure("products", multiply)
     for tokens in CONTEXTS:
         case = replace(case_named("chunk8192-ctx8192-expand"), tokens=tokens)
-        runs = {f"FlashAttention-3, pages of {page}": flash(case, page, device) for page in (STOCK_PAGE, OUR_PAGE)}
+        runs = {
+            f"FlashAttention-3, pages of {page}": rivals.flash_attention(case, case.dtype, device, page)["own splits"]
+            for page in (STOCK_PAGE, OUR_PAGE)
+        }
         ops = kernels.cuda_ops(case, device)
         caches, storing = Caches(case, ops, device), Caches(replace(case, work="update"), ops, device)
 
         def ours(caches: Caches = caches, storing: Caches = storing) -> None:
-            storing.update(storing.steps[0])
-            caches.attend(caches.steps[0])
+            storing.run(storing.steps[0])
+            caches.run(caches.steps[0])
 
         for name, run in (runs | {"ours: store, compress, attend": ours}).items():
             measure(f"{tokens:6} tokens: {name}", run)
             measure(f"{tokens:6} tokens: products and that", lambda run=run: (multiply(), run()))
-
-
-def flash(case: cases.Case, page: int, device: torch.device) -> Run:
-    """FlashAttention-3 on a dense cache with such pages."""
-    usual, cases.RIVAL_PAGE = cases.RIVAL_PAGE, page
-    try:
-        return rivals.variants(case, 1, device)["own splits"][0]
-    finally:
-        cases.RIVAL_PAGE = usual
 
 
 def behind(device: torch.device) -> None:
@@ -115,13 +95,12 @@ def behind(device: torch.device) -> None:
     ):
         case = case_named(id)
         caches = Caches(case, kernels.cuda_ops(case, device), device)
-        op = caches.attend if case.work == "attend" else caches.update
         say(f"before {name}: caches only")
         for _ in range(times):
-            op(caches.steps[0])
+            caches.run(caches.steps[0])
         torch.cuda.synchronize()
         say(f"behind {name}")
-        del caches, op
+        del caches
 
 
 def case_named(id: str) -> cases.Case:

@@ -158,8 +158,7 @@ def fresh_yardstick() -> dict[str, float]:
     import torch
 
     figures = yardstick()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return figures
 
 

@@ -22,7 +22,8 @@ from served import OURS, RIVALS, TOKEN, WAYS
 from hierasparse_vllm.bench import kernels
 from hierasparse_vllm.bench.cases import CASES
 
-EARLIER = "†"
+OTHER_RUN = "†"
+"""Marks a ratio to another figure of ours than the one beside it."""
 ROWS = ROOT / "benchmarks" / "results" / "h200.json"
 
 
@@ -58,22 +59,17 @@ def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
             unit = beside[0]["unit"].removesuffix("/step")
             line = [served.what, way.shown, f"{figure(beside[0]['ours'])} {unit}"]
             for r in beside:
-                line += (
-                    ["", ""] if r is None else [figure(r["rival"]), times(r["ratio"]) + EARLIER * elsewhere(r, beside)]
-                )
+                if r is None:
+                    line += ["", ""]
+                    continue
+                mark = "" if r["ours"] == beside[0]["ours"] else OTHER_RUN
+                line += [figure(r["rival"]), times(r["ratio"]) + mark]
             target = None if way.suffix else served.target  # of the default options
             body.append([*line, goal(target, beside[0]), f"`{id + way.suffix}`"])
     what = "vLLM engine, Llama-3.1-8B shapes"
     head = [what, "options", "ours", "bf16 cache", "better", "fp8 cache", "better", "target", "row"]
-    note = (
-        f" {EARLIER} to ours in the run of that rival." if any(EARLIER in cell for row in body for cell in row) else ""
-    )
-    return [*markdown(head, body), "", place(found) + note]
-
-
-def elsewhere(row: dict[str, Any], beside: list[dict[str, Any] | None]) -> bool:
-    """Whether the row has another figure of ours than the first one, which the table shows."""
-    return row["ours"] != beside[0]["ours"]
+    marked = any(OTHER_RUN in cell for line in body for cell in line)
+    return [*markdown(head, body), "", place(found) + f" {OTHER_RUN} to ours in the run of that rival." * marked]
 
 
 def served_shortly(rows: Rows) -> list[str]:

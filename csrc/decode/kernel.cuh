@@ -58,7 +58,7 @@ __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& 
   for (int n = 0;; ++n) {
     Plan& next = plans[n];
     if (first_lane) {
-      Walk walk = shared.walk;
+      Walk walk = shared.walk;  // in registers meanwhile: each number is asked for several times
       walk.next(p, 8 * kTiles, next.segment);
       shared.walk = walk;
     }

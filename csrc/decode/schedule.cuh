@@ -84,6 +84,8 @@ struct Line {
   int64_t share;
   int rest, ctas;
   int parts;  // > 0: every lane is stretched on the line to so many shares
+  // What a lane takes of it that costs so much by itself.
+  __device__ int stretched(int cost) const { return parts > 0 ? static_cast<int>(parts * share) : cost; }
   __device__ int64_t cut(int c) const { return c * share + (c < rest ? c : rest); }
   // The last CTA that begins at `place` or before it.
   __device__ int owner(int64_t place) const {
@@ -144,7 +146,7 @@ class Walk {
           q = base + lane < p.batch.requests ? read_request(p, base + lane, columns) : Request{};
           one = lane_cost(q, page);
           if (q.lanes > 0 && !known) lanes += q.lanes, least = min(least, one), most = max(most, one);
-          if (line.parts > 0) one = static_cast<int>(line.parts * line.share);
+          one = line.stretched(one);
           upto = int64_t{q.lanes} * one;
 #pragma unroll 1
           for (int step = 1; step < 32; step *= 2) {
@@ -188,8 +190,7 @@ class Walk {
       if (lane_ == request_.lanes) {
         do request_ = read_request(p, ++number_, columns);
         while (request_.lanes == 0);
-        lane_ = 0, cost_ = lane_cost(request_, page);
-        if (line_.parts > 0) cost_ = static_cast<int>(line_.parts * line_.share);
+        lane_ = 0, cost_ = line_.stretched(lane_cost(request_, page));
       }
       int first = 0, end = 0;
 #pragma unroll 1

@@ -105,6 +105,10 @@ class Caches:
         """Attention of the step's queries into ``step.out``."""
         self.ops.attend(step.query, step.batch, self.cache, self.case.scale, step.out)
 
+    def run(self, step: Step) -> None:
+        """What the case measures."""
+        (self.attend if self.case.work == "attend" else self.update)(step)
+
     def seen(self, step: Step, request: int, query: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [H, tokens, D] as query number ``query`` of a request reads them."""
         case = self.case

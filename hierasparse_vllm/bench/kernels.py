@@ -88,8 +88,7 @@ def measure(case: Case, device: torch.device, ceiling: float, quick: bool) -> di
     if not good:
         return _row(case, about, None, None, gate=False)
     wrap = timing.captured if case.captured else timing.eager
-    op = caches.attend if case.work == "attend" else caches.update
-    runs = {OURS: wrap([lambda step=step: op(step) for step in caches.steps])}
+    runs = {OURS: wrap([lambda step=step: caches.run(step) for step in caches.steps])}
     runs |= {name: wrap(calls) for name, calls in rivals.variants(case, sets, device).items()}
     first = gate.outcome(caches)
     seconds = {name: s / sets for name, s in timing.alternate(runs, 5 if quick else 20).items()}
@@ -122,8 +121,7 @@ def alone(case: Case, device: torch.device, ceiling: float, quick: bool) -> str:
     text = f"{case.id:30} RED: {why}"
     if good:
         wrap = timing.captured if case.captured else timing.eager
-        op = caches.attend if case.work == "attend" else caches.update
-        run = wrap([lambda step=step: op(step) for step in caches.steps])
+        run = wrap([lambda step=step: caches.run(step) for step in caches.steps])
         rate = case.bytes / (seconds := timing.alternate({OURS: run}, 5 if quick else 20)[OURS] / sets)
         text = f"{case.id:30} {seconds * 1e6:9.1f} us {rate / 1e12:6.3f} TB/s {rate / ceiling:5.0%} of copy"
         if case.work == "attend" and not case.captured:

@@ -25,15 +25,27 @@ def variants(case: Case, sets: int, device: torch.device) -> Variants:
     if case.rival == cases.STORE:
         return {"store": [_store(case, device) for _ in range(sets)]}
     dtype = torch.float8_e4m3fn if case.rival == cases.FA3_FP8 else case.dtype
-    both = [_flash_attention(case, dtype, device) for _ in range(sets)]
+    both = [flash_attention(case, dtype, device) for _ in range(sets)]
     return {name: [one[name] for one in both] for name in both[0]}
 
 
-def _flash_attention(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
-    """FlashAttention-3 with its own splits and, at decode, also scheduled beforehand as vLLM does."""
+def flash_attention(
+    case: Case, dtype: torch.dtype, device: torch.device, page: int = cases.RIVAL_PAGE
+) -> dict[str, Run]:
+    """FlashAttention-3 with its own splits and, at decode, also scheduled beforehand as vLLM does.
+
+    Parameters
+    ----------
+    case : Case
+    dtype : torch.dtype
+        Of the cache.
+    device : torch.device
+    page : int
+        Tokens per page.
+    """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    n, page = case.batch * -(-case.tokens // cases.RIVAL_PAGE), cases.RIVAL_PAGE
+    n = case.batch * -(-case.tokens // page)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=case.dtype, device=device).to(dtype)

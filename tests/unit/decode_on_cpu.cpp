@@ -58,7 +58,7 @@ int main(int, char** arguments) {
   p.workspace = workspace.data(), p.counters = counters.data();
   p.group = p.heads / p.cache.kv_heads, p.head_bytes = p.cache.layout.head_bytes(), p.scale_log2 = p.scale * kLog2E;
   shared_memory = decode::memory, copies_have_barriers = true;
-  const int tiles = decode_columns(d, p.heads / p.cache.kv_heads, p.max_query_len) / 8;
+  const int tiles = decode_columns(d, p.group, p.max_query_len) / 8;
   const bool tokens = p.cache.value_axis_token;
   switch (d) {
     case 64:

@@ -1,5 +1,6 @@
 """The benchmarks' cases and what follows from them, and their caches and checks on tiny shapes."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -400,9 +401,13 @@ def test_power_times_what_runs_over_and_over(monkeypatch, capsys):
     """And it runs nothing else in between, however short or long one run is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(power, "SETTLE", 0.01)
-    monkeypatch.setattr(power, "SECONDS", 0.05)
-    for seconds in (0.002, 0.2):
-        power.measure("a nap", lambda seconds=seconds: time.sleep(seconds))
+    now = [0.0]
+    monkeypatch.setattr(importlib.import_module("meters"), "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def nap(seconds):
+        now[0] += seconds
+
+    for seconds in (0.002, 3.0):
+        power.measure("a nap", lambda seconds=seconds: nap(seconds))
         took, unit = re.fullmatch(r"a nap +([\d.]+) (ms)  \{\}\n", capsys.readouterr().out).groups()
-        assert unit == "ms" and seconds * 1e3 <= float(took) < 2 * seconds * 1e3
+        assert unit == "ms" and float(took) == seconds * 1e3
