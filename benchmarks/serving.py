@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""vLLM with our cache (default options; preset balanced; V along tokens) beside stock vLLM (bf16 and fp8 KV cache):
-decode steps, prefill, and requests that fit.
+"""vLLM with our cache (default options and others, see served.py) beside stock vLLM (bf16 and fp8 KV cache): decode
+steps, prefill, and requests that fit.
 
     python benchmarks/serving.py --list
     python benchmarks/serving.py --model .gpu-model/llama-3.1-8b --out benchmarks/results/h200.json --keep measured.json

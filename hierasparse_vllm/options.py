@@ -81,6 +81,12 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "description": "What reads the compressed pages of a prefill: a fused kernel on sparse tensor cores, or "
         "FlashAttention on expanded pages; auto is the fastest that can serve the layer on this GPU.",
     },
+    "decode_kernel": {
+        "enum": ["auto", "mma_sp", "mma"],
+        "description": "How decode multiplies 2:4 keys with the CUDA ops: mma_sp on sparse tensor cores; mma expanded "
+        "in registers, so that with V along channels nothing is sparse that runs, which leaves prefills a higher "
+        "clock on Hopper; auto is mma_sp.",
+    },
     "log_interval": {
         "type": "number",
         "minimum": 0,
@@ -108,6 +114,7 @@ class Options:
     prefill: str = "position"
     prefill_workspace_mib: int = 256
     prefill_kernel: str = "auto"
+    decode_kernel: str = "auto"
     log_interval: float = 10.0
 
     def __post_init__(self):

@@ -165,6 +165,13 @@ __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "n"(kSelect));
   return v;
 }
+// The same by the low 16 bits of a register.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(select));
+  return v;
+}
+__device__ __forceinline__ uint32_t rotate_right(uint32_t v, int bits) { return __funnelshift_r(v, v, bits); }
 
 // ---- tensor cores: d += a b, float32 accumulators, T is __nv_bfloat16 or __half
 #define HS_MMA(NAME, TYPE)                                                                                            \

@@ -7,7 +7,8 @@
 //   four consumers, each with its own sub-blocks, pieces of the window and softmax; they meet at a segment's end;
 //   a producer, which copies for all of them and runs ahead, into the next segment too;
 //   a planner, which finds the next segment, its first page ids and its queries, and merges what others have a part in.
-// docs/kernels.md has the budgets.
+// kTokens: V's groups of four lie along tokens.  kExpand: 2:4 keys are expanded in registers, so that with V along
+// channels no product is sparse (params.h says why).  docs/kernels.md has the budgets.
 #pragma once
 
 #include "results.cuh"
@@ -50,7 +51,7 @@ __device__ __forceinline__ bool all_parts_there(const DecodeParams& p, const Pla
   return __any_sync(~0u, last);
 }
 
-template <typename T, int kD, int kTiles>
+template <typename T, int kD, bool kExpand, int kTiles>
 __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& shared) {
   const bool first_lane = thread_index() % 32 == 0;
   Plans& plans = shared.plans;
@@ -71,7 +72,7 @@ __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& 
       next.words[thread_index() % 32] = load_words(p, next.segment, ids, next.segment.first_page());
     }
     Plans::tell(plans.segment, n);
-    if (!end) shared.queries[n % 2].end();
+    if (!end) shared.queries[n % 2].template end<kExpand>();
     Plans::tell(plans.queries, n);
     if (!end && first_lane && !next.segment.whole) next.sharers = shared.walk.sharers(p, next.segment);
     if (n > 0) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ void plan(const DecodeParams& p, Shared<kD, kTiles>& 
 
 // ---- consumers
 // The warp's sub-blocks of a segment's pages.
-template <typename T, int kD, bool kTokens, int kTiles>
+template <typename T, int kD, bool kTokens, bool kExpand, int kTiles>
 __device__ __forceinline__ void attend_pages(const DecodeParams& p, State<kD, kTiles>& state, Chunks& chunks,
                                              const Plan& plan, uint32_t queries) {
   const PageLayout& layout = p.cache.layout;
@@ -104,7 +105,7 @@ __device__ __forceinline__ void attend_pages(const DecodeParams& p, State<kD, kT
   for (int page = share().first_page; page < share().end_page; ++page) {
     const Kind kind = chunks.kind();
     float s[4][kTiles][4];
-    multiply_keys<T, kD, kTiles>(s, chunks, layout.key_mean, kind.sparse_k, queries);
+    multiply_keys<T, kD, kExpand, kTiles>(s, chunks, layout.key_mean, kind.sparse_k, queries);
     const bool edge = (page + 1) * kPageTokens > plan.segment.request.low;  // some query reads it from its window
     const bool sinks = kind.sinks && thread_index() < 32;                   // in sub-block 0
     if (edge || sinks) {
@@ -124,11 +125,14 @@ __device__ __forceinline__ void attend_pages(const DecodeParams& p, State<kD, kT
     uint32_t probability[kTiles][4][2];
     softmax<T, 4>(p, state, s, probability);
     multiply_values<T, kD, kTokens, kTiles>(state, chunks, kind.sparse_v, probability);
-    if (sinks) attend_sinks<T, kD, kTiles>(p, state, region(p, plan.segment, plan.ids[0]), columns, queries);
+    if (sinks) {
+      const uint8_t* first = region(p, plan.segment, plan.ids[0]);
+      attend_sinks<T, kD, kExpand, kTiles>(p, state, first, columns, queries);
+    }
   }
 }
 
-template <typename T, int kD, bool kTokens, int kTiles>
+template <typename T, int kD, bool kTokens, bool kExpand, int kTiles>
 __device__ __forceinline__ void consume(const DecodeParams& p, Shared<kD, kTiles>& shared, uint32_t ring, int stages) {
   const Plans& plans = shared.plans;
   Chunks chunks(shared.rings, ring, stages);
@@ -140,8 +144,8 @@ __device__ __forceinline__ void consume(const DecodeParams& p, Shared<kD, kTiles
     Plans::wait(plans.queries, number());
     if (plans[number()].segment.end == 0) break;
     state.reset();
-    attend_pages<T, kD, kTokens, kTiles>(p, state, chunks, plans[number()],
-                                         shared_address(shared.queries[number() % 2].paged));
+    attend_pages<T, kD, kTokens, kExpand, kTiles>(p, state, chunks, plans[number()],
+                                                  shared_address(shared.queries[number() % 2].paged));
     attend_window<T, kD, kTiles>(p, state, chunks, plans[number()], shared_address(shared.queries[number() % 2].plain));
     finish<T>(p, state, plans[number()], shared.results, Part<kD>(p, block_index(), plans[number()].segment.part));
     Plans::tell(shared.plans.done, number());
@@ -155,7 +159,7 @@ __device__ __forceinline__ void consume(const DecodeParams& p, Shared<kD, kTiles
 }
 
 // ---- the kernel
-template <typename T, int kD, bool kTokens, int kTiles>
+template <typename T, int kD, bool kTokens, bool kExpand, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ DecodeParams p, int stages) {
   extern __shared__ __align__(128) uint8_t memory[];
   Shared<kD, kTiles>& shared = *reinterpret_cast<Shared<kD, kTiles>*>(memory);
@@ -167,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   if (warp == kPlanner) shared.walk.begin(p, block_index(), 8 * kTiles);  // ahead of the first barrier: all wait for it
   __syncthreads();
   if (warp == kPlanner) {
-    plan<T>(p, shared);
+    plan<T, kD, kExpand>(p, shared);
   } else if (warp == kProducer) {
     Producer<kD> producer(p, shared.rings, ring, stages);
 #pragma unroll 1
@@ -178,16 +182,16 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       producer.copy(plan);
     }
   } else {
-    consume<T, kD, kTokens, kTiles>(p, shared, ring, stages);
+    consume<T, kD, kTokens, kExpand, kTiles>(p, shared, ring, stages);
   }
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 int ring_stages(int fixed_bytes);  // launch.cu: how many the current device has room for
 
-template <typename T, int kD, bool kTokens, int kTiles>
+template <typename T, int kD, bool kTokens, bool kExpand, int kTiles>
 cudaError_t run(const DecodeParams& p, cudaStream_t stream) {
-  const auto kernel = decode_kernel<T, kD, kTokens, kTiles>;
+  const auto kernel = decode_kernel<T, kD, kTokens, kExpand, kTiles>;
   const int stages = ring_stages(shared_bytes<kD, kTiles>(0));
   const int bytes = shared_bytes<kD, kTiles>(stages);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -10,7 +10,7 @@
 namespace hierasparse {
 namespace decode {
 
-template <typename T, int kD, bool kTokens, int kTiles>
+template <typename T, int kD, bool kTokens, bool kExpand, int kTiles>
 cudaError_t run(const DecodeParams& p, cudaStream_t stream);
 
 namespace {
@@ -30,12 +30,19 @@ int ring_stages(int fixed_bytes) {
 
 namespace {
 
-template <typename T, int kD, bool kTokens>
+template <typename T, int kD, bool kTokens, bool kExpand>
 cudaError_t with_tiles(const DecodeParams& p, cudaStream_t stream) {
   if constexpr (decode_columns(kD, 16, 1) > 8) {
-    if (decode_columns(kD, p.group, p.max_query_len) > 8) return run<T, kD, kTokens, 2>(p, stream);
+    if (decode_columns(kD, p.group, p.max_query_len) > 8) return run<T, kD, kTokens, kExpand, 2>(p, stream);
   }
-  return run<T, kD, kTokens, 1>(p, stream);
+  return run<T, kD, kTokens, kExpand, 1>(p, stream);
+}
+
+template <typename T, int kD>
+cudaError_t with_values(const DecodeParams& p, cudaStream_t stream) {
+  if (p.cache.value_axis_token) return with_tiles<T, kD, true, false>(p, stream);
+  return with_flag(p.expand_keys,
+                   [&](auto expand) { return with_tiles<T, kD, false, decltype(expand)::value>(p, stream); });
 }
 
 }  // namespace
@@ -56,14 +63,14 @@ void launch_decode(const DecodeParams& params, cudaStream_t stream) {
     throw std::runtime_error("HieraSparse: decode takes 1 to " + std::to_string(kMaxQueryLen) +
                              " queries per request, not " + std::to_string(p.max_query_len) + ".");
   }
+  if (p.expand_keys && p.cache.value_axis_token) {
+    throw std::runtime_error("HieraSparse: expand_keys of decode needs V's groups of four along channels.");
+  }
   if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
   if (p.batch.requests == 0) return;
   const cudaError_t error = with_dtype(p.cache.dtype, [&](auto dtype) {
     return with_head_size(p.cache.layout.head_size, "decode", [&](auto d) {
-      return with_flag(p.cache.value_axis_token, [&](auto tokens) {
-        using T = typename decltype(dtype)::type;
-        return decode::with_tiles<T, decltype(d)::value, decltype(tokens)::value>(p, stream);
-      });
+      return decode::with_values<typename decltype(dtype)::type, decltype(d)::value>(p, stream);
     });
   });
   check_launched(error, "decode");

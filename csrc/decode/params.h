@@ -22,6 +22,10 @@ struct DecodeParams {
   int group;         // query heads of a KV head
   int head_bytes;    // of cache.layout
   float scale_log2;  // scale * kLog2E
+  // Whether 2:4 keys are expanded for dense products; only with V along channels.  Decode waits for memory, not for
+  // tensor cores, and a process that has launched a kernel with sparse products runs at lower clocks from then on,
+  // where power is the limit (H200, docs/kernels.md).
+  bool expand_keys;
 };
 
 constexpr int kMaxQueryLen = 16;

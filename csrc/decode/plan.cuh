@@ -70,7 +70,7 @@ template <int kD, int kTiles>
 struct Queries {
   static constexpr int kSteps = kD / 32;  // of a column's operand
 
-  uint4 paged[kTiles * kSteps * 32];  // channels in stored order
+  uint4 paged[kTiles * kSteps * 32];  // channels in stored order, or as expand_keys puts them
   uint4 plain[kTiles * kSteps * 32];  // ... in the order in which rows.cuh reads plain rows: the model's
   int32_t order[kD];                  // the model's channel at each place of the stored order
 
@@ -99,8 +99,8 @@ struct Queries {
                                  : p.batch.own_chunk_dense ? q.low
                                                            : compressed_below(position, p.batch.local_window);
       }
-      const uint8_t* from = static_cast<const uint8_t*>(p.query) + row * p.query_row_stride +
-                            head * p.query_head_stride + lane / 8 * 16;
+      const uint8_t* from =
+          static_cast<const uint8_t*>(p.query) + row * p.query_row_stride + head * p.query_head_stride + lane / 8 * 16;
       const uint32_t to = shared_address(plain + n * kSteps * 32 + 4 * (lane % 8) + lane / 8);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) copy16_async_or_zero(to + i * 512, from + i * 64, real);
@@ -109,6 +109,7 @@ struct Queries {
   }
 
   // It waits for them and makes the other order.
+  template <bool kExpand>
   __device__ __forceinline__ void end() {
     wait_copies<0>();
     __syncwarp();
@@ -120,7 +121,8 @@ struct Queries {
       uint32_t y[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int2 channels = *reinterpret_cast<const int2*>(order + i % kSteps * 32 + 8 * r + 2 * t);
+        const int place = kExpand ? 16 * (r / 2) + 4 * t + 2 * (r % 2) : 8 * r + 2 * t;
+        const int2 channels = *reinterpret_cast<const int2*>(order + i % kSteps * 32 + place);
         y[r] = value(channels.x) | value(channels.y) << 16;
       }
       paged[i * 32 + lane] = make_uint4(y[0], y[1], y[2], y[3]);

@@ -6,16 +6,16 @@
 namespace hierasparse::decode {
 
 // S^T += K q^T of 16 rows: `piece(step, row)` gives the 16 bytes of row g or g + 8 that lane 4 g + t has of 32
-// channels.
-template <typename T, int kD, int kTiles, typename Piece>
-__device__ __forceinline__ void multiply_rows(float (&s)[1][kTiles][4], int first, int steps, uint32_t queries,
+// channels, `query(n, step)` operand B of tile n.
+template <typename T, int kTiles, typename Query, typename Piece>
+__device__ __forceinline__ void multiply_rows(float (&s)[1][kTiles][4], int first, int steps, Query query,
                                               Piece piece) {
 #pragma unroll
   for (int step = 0; step < steps; ++step) {
     const uint4 top = piece(step, 0), bottom = piece(step, 8);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint4 q = query_fragment<kD>(queries, n, first + step);
+      const uint4 q = query(n, first + step);
       mma<T>(s[0][n], top.x, bottom.x, top.y, bottom.y, q.x, q.y);
       mma<T>(s[0][n], top.z, bottom.z, top.w, bottom.w, q.z, q.w);
     }
@@ -44,13 +44,14 @@ __device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, k
   using R = Rows<kD>;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   auto share = [&] { return Share(plan.segment, thread_index() / 32); };
+  auto query = [&](int n, int step) { return query_fragment<kD>(queries, n, step); };
 #pragma unroll 1
   for (int piece = share().first_piece; piece < share().end_piece; piece += kWarps) {
     float s[1][kTiles][4] = {};
 #pragma unroll
     for (int part = 0; part < R::kParts; ++part) {
       const uint32_t at = chunks.front();
-      multiply_rows<T, kD, kTiles>(s, part * (R::kChannels / 32), R::kChannels / 32, queries, [&](int step, int row) {
+      multiply_rows<T, kTiles>(s, part * (R::kChannels / 32), R::kChannels / 32, query, [&](int step, int row) {
         return load_shared16(at + R::key_piece(g + row, 4 * step + t) * 16);
       });
       chunks.pop();
@@ -76,17 +77,18 @@ __device__ __forceinline__ void attend_window(const DecodeParams& p, State<kD, k
 }
 
 // Sink rows of a request's first page, straight from global memory: there are few, and few pages have them.
-template <typename T, int kD, int kTiles>
+template <typename T, int kD, bool kExpand, int kTiles>
 __device__ __forceinline__ void attend_sinks(const DecodeParams& p, State<kD, kTiles>& state, const uint8_t* page,
                                              const Columns& columns, uint32_t queries) {
   const PageLayout& layout = p.cache.layout;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  auto query = [&](int n, int step) { return stored_fragment<kD, kExpand>(queries, n, step); };
   for (int first = 0; first < layout.sink_tokens; first += 16) {
     const int rows = layout.sink_tokens - first;
     const uint8_t* k = page + layout.sink_k_offset() + first * (2 * kD);
     const uint8_t* v = page + layout.sink_v_offset() + first * (2 * kD);
     float s[1][kTiles][4] = {};
-    multiply_rows<T, kD, kTiles>(s, 0, kD / 32, queries, [&](int step, int row) {
+    multiply_rows<T, kTiles>(s, 0, kD / 32, query, [&](int step, int row) {
       const uint8_t* from = k + (g + row) * (2 * kD) + (32 * step + 8 * t) * 2;
       return g + row < rows ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
     });

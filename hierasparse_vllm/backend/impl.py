@@ -64,7 +64,8 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.layout = self.settings.layout(head_size)
         self.device = compat.current_device()
         group = num_heads // self.num_kv_heads
-        chosen = ops.select(self.device, self.settings.dtype, self.layout, group, self.options.prefill_kernel)
+        kernels = self.options.prefill_kernel, self.options.decode_kernel
+        chosen = ops.select(self.device, self.settings.dtype, self.layout, group, *kernels)
         self.settings = replace(self.settings, ops=chosen)
         settings.set_current(self.settings)
         self.window: WindowCache | None = None
@@ -91,6 +92,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             self.settings.dtype,
             self.options.prefill_workspace_mib,
             self.options.prefill_kernel,
+            self.options.decode_kernel,
         )
         self.window = WindowCache(
             f"{self.name}.{SUFFIX}",

@@ -76,6 +76,7 @@ class Report:
             logger.warning("HieraSparse: the reference ops run, which are slow on a GPU: %s", ops.reason)
         if ops.prefill:
             logger.info("HieraSparse: prefill kernel for compressed pages: %s", ops.prefill)
+            logger.info("HieraSparse: decode kernel: %s", ops.decode)
         dense_block = DENSE_BLOCK.get(device, 16)
         fits = []
         for n in sorted({*LENGTHS, self.config.model_config.max_model_len}):

@@ -21,7 +21,7 @@ RIVAL_PAGE = 64
 """Tokens per page of a rival's cache."""
 SHOWN = (
     "preset", "key_sparsity", "value_sparsity", "value_axis", "key_mean", "sink_tokens", "local_window", "policy",
-    "prefill_kernel",
+    "prefill_kernel", "decode_kernel",
 )  # fmt: skip
 """Options that a result row tells."""
 
@@ -183,6 +183,8 @@ CASES = (
     _decode("b32-s8192", 32, 8192, 1.6),
     _decode("b8-s32768-vchannel", 8, 32768, 1.65, CHANNEL),
     _decode("b8-s131072-vchannel", 8, 131072, 1.65, CHANNEL),
+    _decode("b8-s32768-vchannel-mma", 8, 32768, None, CHANNEL | {"decode_kernel": "mma"}),
+    _decode("b8-s131072-vchannel-mma", 8, 131072, None, CHANNEL | {"decode_kernel": "mma"}),
     _decode("b1-s32768", 1, 32768, 2.0),
     _decode("d64", 8, 32768, 1.5, head_size=64),
     _decode("d256", 8, 32768, 1.5, head_size=256),

@@ -45,15 +45,21 @@ class Ops(Protocol):
 
 
 class Selection(NamedTuple):
-    """Which ops run, and why, if they are not the fastest; of the CUDA ops also what reads the pages of prefills."""
+    """Which ops run, and why, if they are not the fastest; of the CUDA ops also what reads pages, and why that."""
 
     name: str
     reason: str | None = None
     prefill: str | None = None
+    decode: str | None = None
 
 
 def select(
-    device: torch.device, dtype: torch.dtype, layout: PageLayout, group: int, prefill_kernel: str = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: PageLayout,
+    group: int,
+    prefill_kernel: str = "auto",
+    decode_kernel: str = "auto",
 ) -> Selection:
     """Choose the ops of an engine; cheap, nothing is allocated.
 
@@ -65,13 +71,13 @@ def select(
     layout : PageLayout
     group : int
         Query heads per KV head.
-    prefill_kernel : str
-        Option of that name.
+    prefill_kernel, decode_kernel : str
+        Options of that name.
 
     Raises
     ------
     ValueError
-        If the environment variable HIERASPARSE_OPS asks for ops that cannot run here, or the option for a kernel that
+        If the environment variable HIERASPARSE_OPS asks for ops that cannot run here, or an option for a kernel that
         cannot serve such a layer.
     """
     wish = os.environ.get(VARIABLE) or None
@@ -84,7 +90,8 @@ def select(
         from hierasparse_vllm.ops.cuda import levels
 
         capability = torch.cuda.get_device_capability(device)
-        return Selection("cuda", prefill="{} ({})".format(*levels.choose(prefill_kernel, capability, dtype, layout)))
+        both = levels.choose(prefill_kernel, capability, dtype, layout), levels.choose_decode(decode_kernel, layout)
+        return Selection("cuda", None, *("{} ({})".format(*kernel) for kernel in both))
     if wish == "cuda":
         raise ValueError(f"HieraSparse: {VARIABLE} is 'cuda', but {reason}.")
     return Selection("reference", reason)
@@ -121,12 +128,13 @@ def make(
     dtype: torch.dtype,
     prefill_mib: int,
     prefill_kernel: str = "auto",
+    decode_kernel: str = "auto",
 ) -> Ops:
     """The ops of one layer; the CUDA ops allocate the memory that all layers share."""
     if selection.name == "cuda":
         from hierasparse_vllm.ops.cuda import CudaOps
 
-        return CudaOps(device, layout, kv_heads, dtype, prefill_mib, prefill_kernel)
+        return CudaOps(device, layout, kv_heads, dtype, prefill_mib, prefill_kernel, decode_kernel)
     from hierasparse_vllm.ops.reference import ReferenceOps
 
     return ReferenceOps()

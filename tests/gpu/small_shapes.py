@@ -32,9 +32,10 @@ def main() -> None:
         take_extension(sys.argv[1])
     for axis, sparse in (("channel", (4, 2)), ("token", (3, 4))):
         case = decode_cases.make_case([1100, 40, 513], [1, 3, 16], d=64, axis=axis, sparse=sparse)
-        ops = CudaOps(case.pages.device, case.layout, 2, torch.bfloat16, 1)
-        out = torch.empty_like(case.query)
-        ops.attend(case.query, case.batch, case.cache, case.scale, out)
+        for kernel in (levels.MMA_SP, levels.MMA)[: 1 + (axis == "channel")]:
+            ops = CudaOps(prefill_mib=1, decode_kernel=kernel)
+            out = torch.empty_like(case.query)
+            ops.attend(case.query, case.batch, case.cache, case.scale, out)
         # With 64 channels a chunk's own pages and window fit into a workspace of 1 MiB, with 128 the kernel reads all.
         d = 64 if axis == "channel" else 128
         case = decode_cases.make_case([1100, 40, 700], [300, 17, 90], d=d, group=3, axis=axis, sparse=sparse)

@@ -13,21 +13,28 @@ pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def cuda_ops(case):
+def cuda_ops(case, kernel="auto"):
     from hierasparse_vllm.ops.cuda import CudaOps
 
-    return CudaOps(case.pages.device, case.layout, case.pages.shape[1], case.query.dtype, 64)
+    shape = case.pages.device, case.layout, case.pages.shape[1], case.query.dtype
+    return CudaOps(*shape, prefill_mib=64, decode_kernel=kernel)
 
 
 def run(ops, case, out):
     ops.attend(case.query, case.batch, case.cache, case.scale, out)
 
 
-def attend(case):
+def attend(case, kernel="auto"):
     out = torch.full_like(case.query, torch.nan)
-    run(cuda_ops(case), case, out)
+    run(cuda_ops(case, kernel), case, out)
     torch.cuda.synchronize()
     return out
+
+
+def check_kernels(case):
+    """All that can serve the case."""
+    for kernel in ("mma_sp", "mma")[: 1 + (case.layout.value_axis == "channel")]:
+        check(case, attend(case, kernel))
 
 
 def check(case, out):
@@ -65,14 +72,14 @@ def test_every_sparsity(cases, d, axis, dtype):
             lengths, [1] * 3, d=d, sparse=sparse, axis=axis, dtype=dtype, seed=seed, sinks=(0, 1, 5, 64)[seed % 4],
             mean=seed % 3 > 0,
         )  # fmt: skip
-        check(case, attend(case))
+        check_kernels(case)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16])
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_every_group_size(cases, group, d):
     case = cases.make_case([700, 2049, 1], [1, 1, 1], d=d, group=group, kv_heads=3, sparse=(4, 2), seed=group)
-    check(case, attend(case))
+    check_kernels(case)
 
 
 @pytest.mark.parametrize("queries", range(1, 17))
@@ -82,7 +89,7 @@ def test_several_queries_per_request(cases, queries, own_chunk):
     lengths = [queries, 512, 512 + queries // 2, 768 + queries - 1, 1500]
     asked = [queries] * 5
     case = cases.make_case(lengths, asked, group=3, sparse=(3, 4), own_chunk=own_chunk, seed=queries)
-    check(case, attend(case))
+    check_kernels(case)
 
 
 @pytest.mark.parametrize("window", [0, 256, 1024])
@@ -90,7 +97,7 @@ def test_several_queries_per_request(cases, queries, own_chunk):
 def test_lengths_around_borders(cases, window, axis):
     lengths = [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 1279, 1280, 1281, 4097]
     case = cases.make_case(lengths, [1] * len(lengths), window=window, axis=axis, sinks=3)
-    check(case, attend(case))
+    check_kernels(case)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -104,7 +111,7 @@ def test_random_batches(cases, seed):
         lengths.tolist(), asked.tolist(), d=(64, 128)[seed % 2], sparse=[(4, 4), (4, 2), (1, 3)][seed % 3],
         axis=("channel", "token")[seed // 3], seed=seed, kv_heads=(1, 2, 8)[seed % 3], shared_prefix=seed % 2 == 1,
     )  # fmt: skip
-    check(case, attend(case))
+    check_kernels(case)
 
 
 def test_many_requests(cases):
@@ -112,7 +119,7 @@ def test_many_requests(cases):
     g = torch.Generator().manual_seed(1)
     lengths = torch.randint(0, 300, (700,), generator=g).tolist()
     case = cases.make_case(lengths, [min(1, n) for n in lengths], d=64, kv_heads=1, group=2, seed=3)
-    check(case, attend(case))
+    check_kernels(case)
 
 
 @pytest.mark.parametrize("amplitude", [1e-3, 30.0, 300.0])

@@ -19,16 +19,22 @@ alignas(128) uint8_t memory[256 << 10];
 
 using namespace hierasparse;
 
+template <typename T, int kD, int kTiles>
+static void decode_with(const DecodeParams& p, int stages) {
+  if (p.cache.value_axis_token) return decode::decode_kernel<T, kD, true, false, kTiles>(p, stages);
+  p.expand_keys ? decode::decode_kernel<T, kD, false, true, kTiles>(p, stages)
+                : decode::decode_kernel<T, kD, false, false, kTiles>(p, stages);
+}
+
 template <typename T, int kD>
-static void run(const DecodeParams& p, bool tokens, int tiles) {
+static void run(const DecodeParams& p, int tiles) {
   constexpr int kStages = 3;
   memset(decode::memory, 0xff, sizeof decode::memory);  // NaN
   emulation::launch(p.ctas, decode::kThreads, [&] {
     if constexpr (kD <= 128) {
-      if (tiles == 2)
-        return tokens ? decode::decode_kernel<T, kD, true, 2>(p, kStages) : decode::decode_kernel<T, kD, false, 2>(p, kStages);
+      if (tiles == 2) return decode_with<T, kD, 2>(p, kStages);
     }
-    tokens ? decode::decode_kernel<T, kD, true, 1>(p, kStages) : decode::decode_kernel<T, kD, false, 1>(p, kStages);
+    decode_with<T, kD, 1>(p, kStages);
   });
 }
 
@@ -39,7 +45,8 @@ int main(int, char** arguments) {
   DecodeParams p{};
   numbers >> d >> sparse_k >> sparse_v >> sinks >> mean >> p.cache.value_axis_token >> bfloat16 >> p.cache.kv_heads >>
       p.heads >> p.scale >> p.batch.requests >> p.batch.page_table_stride >> p.batch.window_block >>
-      p.batch.local_window >> p.batch.own_chunk_dense >> p.cache.page_stride >> p.max_query_len >> p.ctas >> rows;
+      p.batch.local_window >> p.batch.own_chunk_dense >> p.cache.page_stride >> p.max_query_len >> p.ctas >>
+      p.expand_keys >> rows;
   auto pool = read<uint8_t>(folder + "pool");
   const auto starts = read<int32_t>(folder + "starts"), lengths = read<int32_t>(folder + "lengths");
   const auto pages = read<int32_t>(folder + "pages"), window = read<int32_t>(folder + "window");
@@ -59,16 +66,15 @@ int main(int, char** arguments) {
   p.group = p.heads / p.cache.kv_heads, p.head_bytes = p.cache.layout.head_bytes(), p.scale_log2 = p.scale * kLog2E;
   shared_memory = decode::memory, copies_have_barriers = true;
   const int tiles = decode_columns(d, p.group, p.max_query_len) / 8;
-  const bool tokens = p.cache.value_axis_token;
   switch (d) {
     case 64:
-      bfloat16 ? run<__nv_bfloat16, 64>(p, tokens, tiles) : run<__half, 64>(p, tokens, tiles);
+      bfloat16 ? run<__nv_bfloat16, 64>(p, tiles) : run<__half, 64>(p, tiles);
       break;
     case 128:
-      bfloat16 ? run<__nv_bfloat16, 128>(p, tokens, tiles) : run<__half, 128>(p, tokens, tiles);
+      bfloat16 ? run<__nv_bfloat16, 128>(p, tiles) : run<__half, 128>(p, tiles);
       break;
     default:
-      bfloat16 ? run<__nv_bfloat16, 256>(p, tokens, tiles) : run<__half, 256>(p, tokens, tiles);
+      bfloat16 ? run<__nv_bfloat16, 256>(p, tiles) : run<__half, 256>(p, tiles);
   }
   for (const int32_t counter : counters) {
     if (counter != 0) return 3;  // the next launch would wait for parts that are there

@@ -164,17 +164,21 @@ inline void mbarrier_wait(uint32_t at, uint32_t parity) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
-template <int kSelect>
-uint32_t permute(uint32_t a, uint32_t b) {
+uint32_t permute(uint32_t a, uint32_t b, uint32_t selectors) {
   const uint64_t both = a | uint64_t{b} << 32;
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) {
-    const int select = kSelect >> 4 * i & 15;
+    const int select = selectors >> 4 * i & 15;
     const uint32_t byte = both >> 8 * (select & 7) & 255;
     out |= (select & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
   }
   return out;
 }
+template <int kSelect>
+uint32_t permute(uint32_t a, uint32_t b) {
+  return permute(a, b, kSelect);
+}
+uint32_t rotate_right(uint32_t v, int bits) { return uint32_t((v | uint64_t{v} << 32) >> (bits & 31)); }
 
 // Registers of all 32 lanes of the warp.
 template <int N>

@@ -35,7 +35,8 @@ PARTS = bf16(2, ROWS, 6, 64), torch.zeros(2, 6, ROWS)
 CALLS = {
     "store_compress": (*STORE, None, True, False, 132),
     "store_compress with weights": (*STORE, WEIGHT, False, True, 132),
-    "decode": (*BATCH, *CACHE, QUERY, QUERY.clone(), 0.1, 16, 8, FLOATS, ints(8)),
+    "decode": (*BATCH, *CACHE, QUERY, QUERY.clone(), 0.1, 16, 8, False, FLOATS, ints(8)),
+    "decode with keys expanded": (*BATCH, *CACHE, QUERY, QUERY.clone(), 0.1, 16, 8, True, FLOATS, ints(8)),
     "expand": (*CACHE, ints(1), bf16(1, 256, HEADS, 64), bf16(1, 256, HEADS, 64)),
     "prefill mma_sp": (*BATCH, *CACHE, "mma_sp", ints(1, 5), QUERY, *PARTS, 0.1),
     "merge of parts": (QUERY, LSE, *PARTS, None),

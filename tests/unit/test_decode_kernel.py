@@ -18,7 +18,7 @@ def kernel(tmp_path_factory):
     return on_cpu.build(folder, "decode", "decode/kernel.cuh", "hierasparse::decode")
 
 
-def run(kernel, folder, case, most, ctas):
+def run(kernel, folder, case, most, ctas, expand):
     """Outputs of a case's rows."""
     layout, batch = case.layout, case.batch
     heads = case.query.shape[1]
@@ -26,7 +26,7 @@ def run(kernel, folder, case, most, ctas):
         layout.head_size, layout.sparse_k, layout.sparse_v, layout.sink_tokens, int(layout.key_mean),
         int(layout.value_axis == "token"), int(case.query.dtype == BF16), case.pages.shape[1], heads, case.scale,
         len(batch.seq_lens), batch.page_table.shape[1], batch.window_block, batch.rule.local_window,
-        int(batch.rule.own_chunk_dense), case.pages[0].numel(), most, ctas, len(case.query),
+        int(batch.rule.own_chunk_dense), case.pages[0].numel(), most, ctas, int(expand), len(case.query),
     )  # fmt: skip
     arrays = {
         "pool": case.pages, "starts": batch.query_start, "lengths": batch.seq_lens, "pages": batch.page_table,
@@ -89,12 +89,13 @@ def test_every_sparsity(kernel, tmp_path, d, axis):
 
 
 def check(kernel, tmp_path, case, most, ctas):
-    """FlashAttention-3's rule."""
-    out = run(kernel, tmp_path, case, most, ctas)
-    for request in range(len(case.batch.seq_lens)):
-        rows, want = case.expected(request)
-        rough = case.expected(request, out.dtype)[1]
-        error, allowed = (out[rows].float() - want).abs(), (rough - want).abs()
-        assert error.max() <= 2 * allowed.max() + 1e-3, (error.max(), allowed.max())  # NaN fails too
-        assert error.mean() <= 1.5 * allowed.mean() + 1e-4
-    assert out[case.batch.query_start[-1] :].isnan().all(), "padding rows are not written"
+    """FlashAttention-3's rule, with sparse products of keys and, where there is such a kernel, with dense ones."""
+    for expand in (False, True)[: 1 + (case.layout.value_axis == "channel")]:
+        out = run(kernel, tmp_path, case, most, ctas, expand)
+        for request in range(len(case.batch.seq_lens)):
+            rows, want = case.expected(request)
+            rough = case.expected(request, out.dtype)[1]
+            error, allowed = (out[rows].float() - want).abs(), (rough - want).abs()
+            assert error.max() <= 2 * allowed.max() + 1e-3, (expand, error.max(), allowed.max())  # NaN fails too
+            assert error.mean() <= 1.5 * allowed.mean() + 1e-4
+        assert out[case.batch.query_start[-1] :].isnan().all(), "padding rows are not written"

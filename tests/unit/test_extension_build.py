@@ -93,21 +93,43 @@ def test_wrong_arguments_are_refused_in_a_sentence(built):
         step, layer = _C.Batch(**batch), _C.Cache(**cache)
         rows = dict(zip(("query_row_stride", "query_head_stride", "out_row_stride", "out_head_stride"), [256] * 4))
         good = dict(query=64, out=64, heads=4, scale=1, k_order=64, workspace=64, counters=64, max_query_len=1, ctas=1,
-                    stream=0, **rows)
+                    expand_keys=False, stream=0, **rows)
         for name, value in (("query", 0), ("out", 8), ("heads", 0), ("k_order", 72), ("out_row_stride", 8),
                             ("max_query_len", 17)):
             try:
                 _C.decode(step, layer, **(good | {name: value}))
             except ValueError as error:
                 print(name, "|", error)
+        try:
+            _C.decode(step, _C.Cache(**cache | {"value_axis": "token"}), **good | {"expand_keys": True})
+        except RuntimeError as error:
+            print("expand_keys", "|", error)
     """
     lines = [line.split(" | ") for line in run_with_module(built[0], code)]
     assert [name for name, _ in lines] == [
         "seq_lens", "page_table", "window_block", "local_window", "pages", "window", "head_size", "sparse_k",
         "page_stride", "window_stride", "dtype", "value_axis", "query", "out", "heads", "k_order", "out_row_stride",
-        "max_query_len",
+        "max_query_len", "expand_keys",
     ]  # fmt: skip
     assert all(name.split("_row")[0] in sentence and sentence.endswith(".") for name, sentence in lines)
+
+
+def test_with_expanded_keys_nothing_has_sparse_products(tmp_path):
+    """One launch of a kernel that has them lowers the clock of all others in the process (docs/kernels.md)."""
+    try:
+        nvcc = cuda_build.find_nvcc()
+    except cuda_build.BuildError as error:
+        pytest.skip(f"the CUDA sources were NOT compiled: {error}")
+    sparse = {}
+    for name in (
+        "decode/instantiations/bf16_128_channel.cu", "decode/instantiations/bf16_128_channel_mma.cu",
+        "compress/instantiations/bf16_128.cu", "expand/launch.cu",
+    ):  # fmt: skip
+        flags = [flag for flag in cuda_build.FLAGS if not flag.startswith("-X")]
+        command = [nvcc, "-ptx", *flags, "-arch=compute_90a", str(cuda_build.CSRC / name), "-o", str(tmp_path / "ptx")]
+        subprocess.run(command, cwd=cuda_build.ROOT, check=True)
+        sparse[name] = re.search(r"mma(_async)?\.sp\b", (tmp_path / "ptx").read_text()) is not None
+    assert [name for name, found in sparse.items() if found] == ["decode/instantiations/bf16_128_channel.cu"]
 
 
 # ---- the cache of objects, with a compiler that only seems to compile ------------------------------------------------

@@ -26,6 +26,7 @@ DEFAULTS = {
     "prefill": "position",
     "prefill_workspace_mib": 256,
     "prefill_kernel": "auto",
+    "decode_kernel": "auto",
     "log_interval": 10.0,
 }
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "options.schema.json"
@@ -153,6 +154,7 @@ WRONG = {
     "prefill": ["chunks", None, False, 0],
     "prefill_workspace_mib": [0, -1, 0.5, True, "256", None, math.nan, []],
     "prefill_kernel": ["mma", "AUTO", None, True, 0],
+    "decode_kernel": ["wgmma_sp", "MMA", None, False, 1],
     "log_interval": [-1, -0.001, "10", None, True, False, math.nan, -math.inf, [1]],
 }
 WRONG_PAIRS = [(key, value) for key, wrong in WRONG.items() for value in wrong]
@@ -172,6 +174,7 @@ ALLOWED = {
     "prefill": ("'position'", "'chunk'"),
     "prefill_workspace_mib": ("whole numbers from 1",),
     "prefill_kernel": ("'auto'", "'wgmma_sp'", "'mma_sp'", "'expand'"),
+    "decode_kernel": ("'auto'", "'mma_sp'", "'mma'"),
     "log_interval": ("numbers from 0",),
 }
 

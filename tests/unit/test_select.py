@@ -46,8 +46,8 @@ def test_the_cuda_ops_run_where_they_can(gpu, dtype, group):
     ids=str,
 )
 def test_what_the_kernels_lack_is_told(gpu, wrong, reason):
-    name, told, prefill = select(**wrong)
-    assert prefill is None
+    name, told, *kernels = select(**wrong)
+    assert kernels == [None, None]
     assert name == "reference" and reason in told
 
 
@@ -117,13 +117,23 @@ def test_a_kernel_that_cannot_serve_the_layer_stops_the_engine(capability, dtype
 
 
 def test_the_options_name_every_kernel():
-    assert options.json_schema()["properties"]["prefill_kernel"]["enum"] == [levels.AUTO, *levels.LEVELS]
+    properties = options.json_schema()["properties"]
+    assert properties["prefill_kernel"]["enum"] == [levels.AUTO, *levels.LEVELS]
+    assert properties["decode_kernel"]["enum"] == [levels.AUTO, levels.MMA_SP, levels.MMA]
 
 
 def test_the_choice_is_part_of_the_selection(gpu):
     assert select().prefill == "expand (the fastest as measured on an H200)"
+    assert select().decode == "mma_sp (the faster one)"
     with pytest.raises(ValueError, match="option 'prefill_kernel' is 'wgmma_sp'"):
         ops.select(GPU, torch.bfloat16, LAYOUT, 4, "wgmma_sp")
+    assert ops.select(GPU, torch.bfloat16, V_CHANNEL, 4, "auto", "mma").decode == "mma (option decode_kernel)"
+    with pytest.raises(ValueError) as error:
+        ops.select(GPU, torch.bfloat16, V_TOKEN, 4, "auto", "mma")
+    assert str(error.value) == (
+        "HieraSparse: option 'decode_kernel' is 'mma', but it takes value_axis channel, this is token; allowed here "
+        "are 'auto', 'mma_sp'"
+    )
 
 
 # ---- the environment variable ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 namespace hierasparse::decode {
 
-template cudaError_t run<__nv_bfloat16, 128, true, 1>(const DecodeParams&, cudaStream_t);
-template cudaError_t run<__nv_bfloat16, 128, true, 2>(const DecodeParams&, cudaStream_t);
+template cudaError_t run<__nv_bfloat16, 128, true, false, 1>(const DecodeParams&, cudaStream_t);
+template cudaError_t run<__nv_bfloat16, 128, true, false, 2>(const DecodeParams&, cudaStream_t);
 
 }  // namespace hierasparse::decode

@@ -2,6 +2,6 @@
 
 namespace hierasparse::decode {
 
-template cudaError_t run<__half, 256, false, 1>(const DecodeParams&, cudaStream_t);
+template cudaError_t run<__half, 256, false, false, 1>(const DecodeParams&, cudaStream_t);
 
 }  // namespace hierasparse::decode

@@ -2,7 +2,7 @@
 
 namespace hierasparse::decode {
 
-template cudaError_t run<__half, 64, false, 1>(const DecodeParams&, cudaStream_t);
-template cudaError_t run<__half, 64, false, 2>(const DecodeParams&, cudaStream_t);
+template cudaError_t run<__half, 64, false, false, 1>(const DecodeParams&, cudaStream_t);
+template cudaError_t run<__half, 64, false, false, 2>(const DecodeParams&, cudaStream_t);
 
 }  // namespace hierasparse::decode

@@ -39,8 +39,8 @@ class CudaOps:
         Of the layer's caches.  Given all four, memory is allocated now, else in the first step.
     prefill_mib : int
         Option ``prefill_workspace_mib``.
-    prefill_kernel : str
-        Option of that name.
+    prefill_kernel, decode_kernel : str
+        Options of that name.
 
     Attributes
     ----------
@@ -58,9 +58,11 @@ class CudaOps:
         dtype: torch.dtype | None = None,
         prefill_mib: int = 256,
         prefill_kernel: str = levels.AUTO,
+        decode_kernel: str = levels.AUTO,
     ):
         self.count: torch.Tensor | None = None
-        self._prefill_mib, self._prefill_kernel, self._shape, self._tables = prefill_mib, prefill_kernel, None, None
+        self._prefill_mib, self._prefill_kernel, self._decode_kernel = prefill_mib, prefill_kernel, decode_kernel
+        self._shape, self._tables = None, None
         self._flash = None  # vLLM's, at the first prefill: storing and decoding need no vLLM
         if device is not None:
             self._prepare(device, layout, kv_heads, dtype)
@@ -72,6 +74,7 @@ class CudaOps:
             return
         self._shape, capability = shape, torch.cuda.get_device_capability(device)
         self.level, _ = levels.choose(self._prefill_kernel, capability, dtype, layout)
+        self._expand_keys = levels.choose_decode(self._decode_kernel, layout)[0] == levels.MMA
         self._buffers = buffers(device, layout.head_size, kv_heads, dtype, self._prefill_mib)
         self._expanded = self._buffers.expanded_pages(kv_heads, layout.head_size, dtype)
         if self.count is None:
@@ -121,7 +124,7 @@ class CudaOps:
         if longest:
             torch.ops.hierasparse.decode(
                 *step, *caches, query, out, scale,
-                longest, self._buffers.ctas, self._buffers.workspace, self._buffers.counters,
+                longest, self._buffers.ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
             )  # fmt: skip
 
     def _grid(self, query: torch.Tensor) -> Grid | None:

@@ -1,7 +1,7 @@
-"""Which kernel reads the compressed pages of a prefill, and what each can do.
+"""Which kernels read compressed pages, and what each can do.
 
-``expand`` expands pages for FlashAttention; ``mma_sp`` and ``wgmma_sp`` are fused kernels on sparse tensor cores
-(csrc/prefill).
+In a prefill, ``expand`` expands pages for FlashAttention; ``mma_sp`` and ``wgmma_sp`` are fused kernels on sparse
+tensor cores (csrc/prefill).  In decode, ``mma_sp`` multiplies keys on them, and ``mma`` expands keys in registers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hierasparse_vllm.page import HEAD_SIZES, SUBS, PageLayout
 
 AUTO = "auto"
 EXPAND = "expand"
+MMA_SP, MMA = "mma_sp", "mma"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ LEVELS = {
             # Not with dense sub-blocks, nor with 64 channels: docs/kernels.md.
             fastest=lambda layout: layout.head_size == 128 and layout.sparse_k == layout.sparse_v == SUBS,
         ),
-        Level("mma_sp"),
+        Level(MMA_SP),
         Level(EXPAND, fastest=lambda layout: True),
     )
 }
@@ -106,6 +107,18 @@ def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: P
         return wish, "option prefill_kernel"
     able = (level for level in LEVELS.values() if level.against(capability, dtype, layout) is None)
     return next(level.name for level in able if level.fastest(layout)), "the fastest as measured on an H200"
+
+
+def choose_decode(wish: str, layout: PageLayout) -> tuple[str, str]:
+    """How decode multiplies a layer's 2:4 keys: `choose`, for the option ``decode_kernel``."""
+    if wish == AUTO:
+        return MMA_SP, "the faster one"
+    if wish == MMA and layout.value_axis != "channel":
+        raise ValueError(
+            f"HieraSparse: option 'decode_kernel' is {MMA!r}, but it takes value_axis channel, this is "
+            f"{layout.value_axis}; allowed here are {AUTO!r}, {MMA_SP!r}"
+        )
+    return wish, "option decode_kernel"
 
 
 def _show(value) -> str:

@@ -171,10 +171,10 @@ def store_compress(
 
 @_operator(
     f"decode({_BATCH}, {_CACHE}, Tensor query, Tensor(a!) out, float scale, int max_query_len, int ctas, "
-    "Tensor(b!) workspace, Tensor(c!) counters)"
+    "bool expand_keys, Tensor(b!) workspace, Tensor(c!) counters)"
 )
 @_structs
-def decode(batch, cache, k_order, query, out, scale, max_query_len, ctas, workspace, counters):
+def decode(batch, cache, k_order, query, out, scale, max_query_len, ctas, expand_keys, workspace, counters):
     """Attention of all requests with 1 to ``max_query_len`` queries."""
     query_row, query_head = _row_strides(query)
     out_row, out_head = _row_strides(out)
@@ -194,6 +194,7 @@ def decode(batch, cache, k_order, query, out, scale, max_query_len, ctas, worksp
         counters=counters.data_ptr(),
         max_query_len=max_query_len,
         ctas=ctas,
+        expand_keys=expand_keys,
         stream=_stream(),
     )
 

@@ -1,0 +1,7 @@
+#include "../kernel.cuh"
+
+namespace hierasparse::decode {
+
+template cudaError_t run<__nv_bfloat16, 256, false, true, 1>(const DecodeParams&, cudaStream_t);
+
+}  // namespace hierasparse::decode
