@@ -27,8 +27,8 @@ __device__ __forceinline__ void expand_channels(const uint4& first, const uint4&
   fill(std::integral_constant<int, 3>{});
 }
 
-// 2:4 keys of 16 rows and 32 channels, expanded: product h takes groups 4 t + .. of channels 16 h + 4 t .. + 3, in
-// place of its columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 (queries are ordered so, too).
+// 2:4 keys of 16 rows and 32 channels, expanded for two products of 16 channels each.  Columns 2 t, 2 t + 1, 2 t + 8
+// and 2 t + 9 of product h are channels 16 h + 4 t .. 16 h + 4 t + 3, for operand B, too.
 //
 // Register i of the operand `kept` has two of the channels of group t + 4 (i >> 1), row g + 8 (i & 1).  Which ones,
 // i0 | i1 << 2, tells nibble t of the half i & 1 of `first` (groups 0 to 3) or `second` (4 to 7).
@@ -37,7 +37,7 @@ __device__ __forceinline__ void expand_keys(const uint4& kept, uint32_t first, u
   // Nibbles of registers 0 and 2 side by side, and those of 1 and 3; x ^ x >> 1 tells the six places apart by 3 bits.
   const uint32_t both = (rotate_right(first, 4 * t) & 0x000f000f) | (rotate_right(second, 4 * t - 4) & ~0x000f000f);
   const uint32_t places = permute<0x20>((both ^ both >> 1) & 0x77777777, 0);
-  // What each half of the four channels is: a selector of the first (0x10) or second (0x32) kept value, or zeros
+  // What each of the four channels is: a selector of the first kept value (0x10), of the second (0x32), or zeros
   // (0x44). Byte p of a table is for place p: 1 (2, 3), 2 (0, 3), 3 (1, 3), 4 (0, 2), 5 (1, 2), 6 (0, 1).
   const uint32_t channel0 = permute(0x44104410, 0x44104410, places), channel1 = permute(0x10444444, 0x44321044, places);
   const uint32_t channel2 = permute(0x44441044, 0x44443232, places), channel3 = permute(0x32323244, 0x44444444, places);
