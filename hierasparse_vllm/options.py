@@ -161,6 +161,11 @@ class Options:
         return self.policy if self.policy != "auto" else "spread" if self.tables is None else "calibrated"
 
     @property
+    def kernels(self) -> tuple[str, str]:
+        """What is asked for to read pages in a prefill, and in decode."""
+        return self.prefill_kernel, self.decode_kernel
+
+    @property
     def sparse_k(self) -> int:
         """Sparse sub-blocks of K per page."""
         return round(self.key_sparsity * SUBS)

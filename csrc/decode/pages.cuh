@@ -15,11 +15,14 @@ __device__ __forceinline__ uint4 query_fragment(uint32_t queries, int n, int ste
 // The same with channels in stored order, whichever order `paged` has.
 template <int kD, bool kExpand>
 __device__ __forceinline__ uint4 stored_fragment(uint32_t queries, int n, int step) {
-  if constexpr (!kExpand) return query_fragment<kD>(queries, n, step);
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  // Places 8 i + 2 t and + 1 are with lane 2 (i % 2) + t / 2 of the four, register 2 (i / 2) + t % 2.
-  const uint32_t at = queries + ((n * (kD / 32) + step) * 32 + lane / 4 * 4 + t / 2) * 16 + t % 2 * 4;
-  return make_uint4(load_shared4(at), load_shared4(at + 32), load_shared4(at + 8), load_shared4(at + 40));
+  if constexpr (kExpand) {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    // Places 8 i + 2 t and + 1 are with lane 2 (i % 2) + t / 2 of the four, register 2 (i / 2) + t % 2.
+    const uint32_t at = queries + ((n * (kD / 32) + step) * 32 + lane / 4 * 4 + t / 2) * 16 + t % 2 * 4;
+    return make_uint4(load_shared4(at), load_shared4(at + 32), load_shared4(at + 8), load_shared4(at + 40));
+  } else {
+    return query_fragment<kD>(queries, n, step);
+  }
 }
 
 // q . mean in every row: the mean as a matrix of equal rows.

@@ -22,6 +22,7 @@ struct DecodeParams {
   int group;         // query heads of a KV head
   int head_bytes;    // of cache.layout
   float scale_log2;  // scale * kLog2E
+  // The caller's again, and last: ahead of what launch_decode sets, other kernels' machine code changes with it.
   // Whether 2:4 keys are expanded for dense products; only with V along channels.  Decode waits for memory, not for
   // tensor cores, and a process that has launched a kernel with sparse products runs at lower clocks from then on,
   // where power is the limit (H200, docs/kernels.md).

@@ -64,8 +64,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         self.layout = self.settings.layout(head_size)
         self.device = compat.current_device()
         group = num_heads // self.num_kv_heads
-        kernels = self.options.prefill_kernel, self.options.decode_kernel
-        chosen = ops.select(self.device, self.settings.dtype, self.layout, group, *kernels)
+        chosen = ops.select(self.device, self.settings.dtype, self.layout, group, *self.options.kernels)
         self.settings = replace(self.settings, ops=chosen)
         settings.set_current(self.settings)
         self.window: WindowCache | None = None
@@ -91,8 +90,7 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             self.num_kv_heads,
             self.settings.dtype,
             self.options.prefill_workspace_mib,
-            self.options.prefill_kernel,
-            self.options.decode_kernel,
+            *self.options.kernels,
         )
         self.window = WindowCache(
             f"{self.name}.{SUFFIX}",

@@ -144,8 +144,7 @@ def selection(case: Case, device: torch.device) -> ops.Selection:
     ValueError
         If this installation, or this GPU, has none.
     """
-    options = case.settings.options
-    kernels = options.prefill_kernel, options.decode_kernel
+    kernels = case.settings.options.kernels
     chosen = ops.select(device, case.dtype, case.layout, case.heads // case.kv_heads, *kernels)
     if chosen.name == "reference":
         raise ValueError(f"our kernels cannot run {case.id}: {chosen.reason}")
@@ -160,7 +159,7 @@ def cuda_ops(case: Case, device: torch.device) -> ops.Ops:
 def made(chosen: ops.Selection, case: Case, device: torch.device) -> ops.Ops:
     """Chosen ops for a layer of the case's shapes."""
     options = case.settings.options
-    more = options.prefill_workspace_mib, options.prefill_kernel, options.decode_kernel
+    more = options.prefill_workspace_mib, *options.kernels
     return ops.make(chosen, device, case.layout, case.kv_heads, case.dtype, *more)
 
 

@@ -90,8 +90,9 @@ def select(
         from hierasparse_vllm.ops.cuda import levels
 
         capability = torch.cuda.get_device_capability(device)
-        both = levels.choose(prefill_kernel, capability, dtype, layout), levels.choose_decode(decode_kernel, layout)
-        return Selection("cuda", None, *("{} ({})".format(*kernel) for kernel in both))
+        wishes = {"prefill_kernel": prefill_kernel, "decode_kernel": decode_kernel}
+        chosen = (levels.choose(kernel, capability, dtype, layout, option) for option, kernel in wishes.items())
+        return Selection("cuda", None, *("{} ({})".format(*kernel) for kernel in chosen))
     if wish == "cuda":
         raise ValueError(f"HieraSparse: {VARIABLE} is 'cuda', but {reason}.")
     return Selection("reference", reason)

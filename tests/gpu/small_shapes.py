@@ -30,20 +30,20 @@ def take_extension(file: str) -> None:
 def main() -> None:
     if len(sys.argv) > 1:
         take_extension(sys.argv[1])
+    capability = torch.cuda.get_device_capability()
     for axis, sparse in (("channel", (4, 2)), ("token", (3, 4))):
         case = decode_cases.make_case([1100, 40, 513], [1, 3, 16], d=64, axis=axis, sparse=sparse)
-        for kernel in (levels.MMA_SP, levels.MMA)[: 1 + (axis == "channel")]:
+        for kernel in levels.able(levels.DECODE, capability, torch.bfloat16, case.layout):
             ops = CudaOps(prefill_mib=1, decode_kernel=kernel)
             out = torch.empty_like(case.query)
             ops.attend(case.query, case.batch, case.cache, case.scale, out)
         # With 64 channels a chunk's own pages and window fit into a workspace of 1 MiB, with 128 the kernel reads all.
         d = 64 if axis == "channel" else 128
         case = decode_cases.make_case([1100, 40, 700], [300, 17, 90], d=d, group=3, axis=axis, sparse=sparse)
-        for name, level in levels.LEVELS.items():
-            if level.against(torch.cuda.get_device_capability(), torch.bfloat16, case.layout) is None:
-                ops = CudaOps(prefill_mib=1, prefill_kernel=name)
-                out = torch.empty_like(case.query)
-                ops.attend(case.query, case.batch, case.cache, case.scale, out)
+        for kernel in levels.able(levels.LEVELS, capability, torch.bfloat16, case.layout):
+            ops = CudaOps(prefill_mib=1, prefill_kernel=kernel)
+            out = torch.empty_like(case.query)
+            ops.attend(case.query, case.batch, case.cache, case.scale, out)
         layout = PageLayout(64, 2, *sparse, axis, 1, True)
         engine = Engine(layout, torch.bfloat16, ReadRule(256), 2, 2, "cuda", blocks=30, rescale=True, ops=CudaOps())
         seq = engine.sequence(600)

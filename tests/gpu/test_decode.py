@@ -9,6 +9,8 @@ import itertools
 import pytest
 import torch
 
+from hierasparse_vllm.ops.cuda import levels
+
 pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -33,7 +35,8 @@ def attend(case, kernel="auto"):
 
 def check_kernels(case):
     """All that can serve the case."""
-    for kernel in ("mma_sp", "mma")[: 1 + (case.layout.value_axis == "channel")]:
+    capability = torch.cuda.get_device_capability()
+    for kernel in levels.able(levels.DECODE, capability, case.query.dtype, case.layout):
         check(case, attend(case, kernel))
 
 

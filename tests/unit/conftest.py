@@ -17,14 +17,19 @@ settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def nvcc():
+    """The compiler; without one the tests that need it are skipped."""
+    try:
+        return cuda_build.find_nvcc()
+    except cuda_build.BuildError as error:
+        pytest.skip(f"the CUDA sources were NOT compiled: {error}")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, nvcc):
     """The extension's file, of the real sources for all targets, and the logs of ptxas.
 
     Minutes on two cores, seconds where build/cuda-objects is current: tests that use it need a long timeout.
     """
-    try:
-        nvcc = cuda_build.find_nvcc()
-    except cuda_build.BuildError as error:
-        pytest.skip(f"the CUDA sources were NOT compiled: {error}")
     module = tmp_path_factory.mktemp("extension") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return module, cuda_build.build(module, nvcc, cuda_build.TARGETS)

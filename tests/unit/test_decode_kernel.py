@@ -6,6 +6,7 @@ Shapes are small; tests/gpu/test_decode.py has large ones, and what only a GPU c
 import pytest
 import torch
 
+from hierasparse_vllm.ops.cuda import levels
 from tests.gpu import decode_cases
 from tests.unit import on_cpu
 
@@ -90,12 +91,12 @@ def test_every_sparsity(kernel, tmp_path, d, axis):
 
 def check(kernel, tmp_path, case, most, ctas):
     """FlashAttention-3's rule, with sparse products of keys and, where there is such a kernel, with dense ones."""
-    for expand in (False, True)[: 1 + (case.layout.value_axis == "channel")]:
-        out = run(kernel, tmp_path, case, most, ctas, expand)
+    for name in levels.able(levels.DECODE, (9, 0), case.query.dtype, case.layout):
+        out = run(kernel, tmp_path, case, most, ctas, name == levels.MMA)
         for request in range(len(case.batch.seq_lens)):
             rows, want = case.expected(request)
             rough = case.expected(request, out.dtype)[1]
             error, allowed = (out[rows].float() - want).abs(), (rough - want).abs()
-            assert error.max() <= 2 * allowed.max() + 1e-3, (expand, error.max(), allowed.max())  # NaN fails too
+            assert error.max() <= 2 * allowed.max() + 1e-3, (name, error.max(), allowed.max())  # NaN fails too
             assert error.mean() <= 1.5 * allowed.mean() + 1e-4
         assert out[case.batch.query_start[-1] :].isnan().all(), "padding rows are not written"

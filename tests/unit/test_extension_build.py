@@ -114,12 +114,8 @@ def test_wrong_arguments_are_refused_in_a_sentence(built):
     assert all(name.split("_row")[0] in sentence and sentence.endswith(".") for name, sentence in lines)
 
 
-def test_with_expanded_keys_nothing_has_sparse_products(tmp_path):
+def test_with_expanded_keys_nothing_has_sparse_products(tmp_path, nvcc):
     """One launch of a kernel that has them lowers the clock of all others in the process (docs/kernels.md)."""
-    try:
-        nvcc = cuda_build.find_nvcc()
-    except cuda_build.BuildError as error:
-        pytest.skip(f"the CUDA sources were NOT compiled: {error}")
     sparse = {}
     for name in (
         "decode/instantiations/bf16_128_channel.cu", "decode/instantiations/bf16_128_channel_mma.cu",

@@ -74,7 +74,8 @@ class CudaOps:
             return
         self._shape, capability = shape, torch.cuda.get_device_capability(device)
         self.level, _ = levels.choose(self._prefill_kernel, capability, dtype, layout)
-        self._expand_keys = levels.choose_decode(self._decode_kernel, layout)[0] == levels.MMA
+        decode, _ = levels.choose(self._decode_kernel, capability, dtype, layout, "decode_kernel")
+        self._expand_keys = decode == levels.MMA
         self._buffers = buffers(device, layout.head_size, kv_heads, dtype, self._prefill_mib)
         self._expanded = self._buffers.expanded_pages(kv_heads, layout.head_size, dtype)
         if self.count is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +26,7 @@ class Level:
     Parameters
     ----------
     name : str
-        Value of the option ``prefill_kernel``.
+        Value of the option ``prefill_kernel`` or ``decode_kernel``.
     dtypes : tuple of dtype
     head_sizes : tuple of int
     value_axes : tuple of str
@@ -33,7 +34,7 @@ class Level:
     capabilities : tuple or None
         Compute capabilities; None is every one that the extension has code for.
     fastest : callable
-        Whether ``auto`` takes it for a layout, if it can serve the layer: what was measured in an engine on an H200.
+        Whether ``auto`` takes it for a layout, if it can serve the layer: by what was measured on an H200.
     """
 
     name: str
@@ -74,17 +75,43 @@ LEVELS = {
 }
 
 
-def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> tuple[str, str]:
+DECODE = {
+    level.name: level for level in (Level(MMA_SP, fastest=lambda layout: True), Level(MMA, value_axes=("channel",)))
+}
+
+
+class Choice(NamedTuple):
+    """An option's kernels, and why ``auto`` takes what it takes."""
+
+    levels: dict[str, Level]
+    why: str
+
+
+CHOICES = {
+    "prefill_kernel": Choice(LEVELS, "the fastest as measured on an H200"),
+    "decode_kernel": Choice(DECODE, "the faster one"),
+}
+
+
+def able(levels: dict[str, Level], capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> list[str]:
+    """Names of the levels that can serve a layer."""
+    return [name for name, level in levels.items() if level.against(capability, dtype, layout) is None]
+
+
+def choose(
+    wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout, option: str = "prefill_kernel"
+) -> tuple[str, str]:
     """The level of a layer.
 
     Parameters
     ----------
     wish : str
-        Option ``prefill_kernel``.
+        The option's value.
     capability : tuple of int
         Of the GPU.
     dtype : torch.dtype
     layout : PageLayout
+    option : {"prefill_kernel", "decode_kernel"}
 
     Returns
     -------
@@ -97,28 +124,16 @@ def choose(wish: str, capability: tuple[int, int], dtype: torch.dtype, layout: P
     ValueError
         If the user asks for a level that cannot serve the layer.
     """
-    if wish != AUTO:
-        if (reason := LEVELS[wish].against(capability, dtype, layout)) is not None:
-            able = [name for name, level in LEVELS.items() if level.against(capability, dtype, layout) is None]
-            raise ValueError(
-                f"HieraSparse: option 'prefill_kernel' is {wish!r}, but {reason}; allowed here are "
-                f"{', '.join(map(repr, (AUTO, *able)))}"
-            )
-        return wish, "option prefill_kernel"
-    able = (level for level in LEVELS.values() if level.against(capability, dtype, layout) is None)
-    return next(level.name for level in able if level.fastest(layout)), "the fastest as measured on an H200"
-
-
-def choose_decode(wish: str, layout: PageLayout) -> tuple[str, str]:
-    """How decode multiplies a layer's 2:4 keys: `choose`, for the option ``decode_kernel``."""
+    levels, why = CHOICES[option]
+    names = able(levels, capability, dtype, layout)
     if wish == AUTO:
-        return MMA_SP, "the faster one"
-    if wish == MMA and layout.value_axis != "channel":
+        return next(name for name in names if levels[name].fastest(layout)), why
+    if wish not in names:
         raise ValueError(
-            f"HieraSparse: option 'decode_kernel' is {MMA!r}, but it takes value_axis channel, this is "
-            f"{layout.value_axis}; allowed here are {AUTO!r}, {MMA_SP!r}"
+            f"HieraSparse: option {option!r} is {wish!r}, but {levels[wish].against(capability, dtype, layout)}; "
+            f"allowed here are {', '.join(map(repr, (AUTO, *names)))}"
         )
-    return wish, "option decode_kernel"
+    return wish, f"option {option}"
 
 
 def _show(value) -> str:
