@@ -29,10 +29,9 @@ class Rival(NamedTuple):
     name: str
 
 
-OURS, MMA, BALANCED, TOKEN, STOCK, FP8 = "ours", "mma", "balanced", "vtoken", "stock", "fp8"
+OURS, BALANCED, TOKEN, STOCK, FP8 = "ours", "balanced", "vtoken", "stock", "fp8"
 WAYS = {
     OURS: Way("", {}, f"default (`{Options.preset}`)"),
-    MMA: Way("-mma", {"decode_kernel": "mma"}, "`decode_kernel`: `mma`"),
     TOKEN: Way("-vtoken", {"value_axis": "token"}, "V along tokens"),
     BALANCED: Way("-balanced", {"preset": "balanced"}, "`balanced`"),
 }

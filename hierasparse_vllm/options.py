@@ -82,10 +82,10 @@ _SCHEMA: dict[str, dict[str, Any]] = {
         "FlashAttention on expanded pages; auto is the fastest that can serve the layer on this GPU.",
     },
     "decode_kernel": {
-        "enum": ["auto", "mma_sp", "mma"],
+        "enum": ["auto", "mma", "mma_sp"],
         "description": "How decode multiplies 2:4 keys with the CUDA ops: mma_sp on sparse tensor cores; mma expanded "
         "in registers, so that with V along channels nothing is sparse that runs, which leaves prefills a higher "
-        "clock on Hopper; auto is mma_sp.",
+        "clock on Hopper; auto is mma there, and mma_sp elsewhere and with V along tokens.",
     },
     "log_interval": {
         "type": "number",

@@ -21,15 +21,14 @@ void launch_expand(const ExpandParams& params, cudaStream_t stream) {
 
 void launch_merge(const MergeParams& params, cudaStream_t stream) {
   if (params.count == 0) return;
-  const int64_t threads = int64_t{params.count} * params.heads * (params.head_size / merge::kValues);
-  const int64_t blocks = (threads + merge::kThreads - 1) / merge::kThreads;
   if (params.head_size != 64 && params.head_size != 128 && params.head_size != 256) {
     throw std::runtime_error("HieraSparse: merge takes head sizes 64, 128 and 256.");
   }
-  if (blocks > INT32_MAX) throw std::runtime_error("HieraSparse: merge got more rows than fit into one launch.");
   const cudaError_t error = with_dtype(params.dtype, [&](auto dtype) {
-    const auto kernel = merge::merge_rows<typename decltype(dtype)::type>;
-    kernel<<<static_cast<unsigned>(blocks), merge::kThreads, 0, stream>>>(params);
+    using T = typename decltype(dtype)::type;
+    const bool floats = params.out_float || params.part_float;
+    const auto kernel = floats ? merge::merge_rows<T, true> : merge::merge_rows<T, false>;
+    kernel<<<params.count, merge::kThreads, 0, stream>>>(params);
     return cudaGetLastError();
   });
   check_launched(error, "merge");

@@ -10,19 +10,29 @@ namespace hierasparse::merge {
 
 constexpr int kThreads = 256;
 constexpr int kValues = 8;  // of one thread
+constexpr int kBatch = 4;   // sources at a time: an engine merges two to four
 
-template <typename T>
-__device__ __forceinline__ void load(float (&to)[kValues], const uint8_t* from, bool is_float) {
-  if (is_float) {
-    const float4 low = reinterpret_cast<const float4*>(from)[0], high = reinterpret_cast<const float4*>(from)[1];
-    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
-    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
-  } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    const T* values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) to[i] = static_cast<float>(values[i]);
+// Eight values as they are stored: 16 bytes, or 32 of floats.
+template <bool kFloats>
+struct Raw {
+  uint4 words[1 + kFloats];
+};
+
+template <bool kFloats>
+__device__ __forceinline__ Raw<kFloats> load(const uint8_t* from, bool is_float) {
+  const uint4* const words = reinterpret_cast<const uint4*>(from);
+  Raw<kFloats> raw;
+  raw.words[0] = words[0];
+  if constexpr (kFloats) raw.words[1] = is_float ? words[1] : uint4{};
+  return raw;
+}
+
+template <typename T, bool kFloats>
+__device__ __forceinline__ float value(const Raw<kFloats>& raw, int i, bool is_float) {
+  if constexpr (kFloats) {
+    if (is_float) return reinterpret_cast<const float*>(&raw)[i];
   }
+  return static_cast<float>(reinterpret_cast<const T*>(&raw)[i]);
 }
 
 template <typename T>
@@ -39,48 +49,69 @@ __device__ __forceinline__ void store(uint8_t* to, const float (&from)[kValues],
   }
 }
 
-// head_size / 8 neighbouring threads, all of one warp, take one row of one head.
-template <typename T>
+// A CTA takes one row of all heads; head_size / 8 neighbouring threads, all of one warp, have one head.  What is there
+// already, the first source, and the parts are loaded kBatch at a time, beside the log-sum-exps that tell whether they
+// count: one wait for memory instead of two for each.  kFloats: `out` or `part` are float32.
+template <typename T, bool kFloats>
 __global__ void __launch_bounds__(kThreads) merge_rows(const MergeParams p) {
-  const int per_head = p.head_size / kValues;
-  const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int chunk = static_cast<int>(n % per_head), head = static_cast<int>(n / per_head % p.heads);
-  const int64_t row = n / per_head / p.heads;
-  const bool inside = row < p.count;
-  const int64_t to = !inside ? -1 : p.rows ? p.rows[row] : row;
-  float* const out_lse = p.out_lse + head * p.out_lse_stride + to;
-  const float* const part_lse = p.part_lse + head * p.part_lse_stride + row;
-  const float mine = to < 0 ? -INFINITY : *out_lse;
-  __syncwarp();  // the row's log-sum-exp is written by its first thread, and read by all
+  const int row = blockIdx.x, to = p.rows ? p.rows[row] : row;
   if (to < 0) return;
-  float most = mine;
-  bool any = false;
-  for (int i = 0; i < p.parts; ++i) {
-    const float theirs = part_lse[i * p.parts_lse_stride];
-    most = fmaxf(most, theirs), any |= theirs != -INFINITY;
+  const int per_head = p.head_size / kValues, items = p.heads * per_head, log2 = 31 - __clz(per_head);
+  const bool out_float = kFloats && p.out_float, part_float = kFloats && p.part_float;
+  uint8_t* const out_row = static_cast<uint8_t*>(p.out) + to * p.out_stride;
+  const uint8_t* const part_row = static_cast<const uint8_t*>(p.part) + row * p.part_stride;
+  for (int first = 0; first < items; first += kThreads) {
+    const int item = first + threadIdx.x, head = item >> log2;
+    const bool inside = item < items;
+    float* const out_lse = p.out_lse + head * p.out_lse_stride + to;
+    const float* const part_lse = p.part_lse + head * p.part_lse_stride + row;
+    uint8_t* const out = out_row + item * kValues * (out_float ? 4 : 2);
+    const uint8_t* const part = part_row + item * kValues * (part_float ? 4 : 2);
+    float most = -INFINITY, sum = 0.f, total[kValues] = {};
+    bool any = false;  // part counts
+    for (int source = 0; source <= p.parts; source += kBatch) {
+      Raw<kFloats> raw[kBatch];
+      float lse[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = source + b - 1;
+        lse[b] = -INFINITY;
+        if (!inside || i >= p.parts) continue;
+        if (i < 0) {
+          lse[b] = *out_lse, raw[b] = load<kFloats>(out, out_float);
+        } else {
+          lse[b] = part_lse[i * p.parts_lse_stride];
+          raw[b] = load<kFloats>(part + i * p.parts_stride, part_float);
+        }
+      }
+      float next = most;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        next = fmaxf(next, lse[b]);
+        any |= source + b > 0 && lse[b] != -INFINITY;
+      }
+      if (next == -INFINITY) continue;
+      const float shrink = expf(most - next);
+      most = next, sum *= shrink;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) total[i] *= shrink;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (lse[b] == -INFINITY) continue;
+        const bool is_float = source + b == 0 ? out_float : part_float;
+        const float weight = expf(lse[b] - most);
+        sum += weight;
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) total[i] += weight * value<T, kFloats>(raw[b], i, is_float);
+      }
+    }
+    __syncwarp();  // the row's log-sum-exp is written by its head's first thread, and was read by all
+    if (!any) continue;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) total[i] /= sum;
+    store<T>(out, total, out_float);
+    if (item % per_head == 0) *out_lse = most + logf(sum);
   }
-  if (!any) return;
-
-  const int value_bytes = p.out_float ? 4 : 2, part_bytes = p.part_float ? 4 : 2;
-  const int at = head * p.head_size + chunk * kValues;
-  uint8_t* const out = static_cast<uint8_t*>(p.out) + to * p.out_stride + at * value_bytes;
-  const uint8_t* const part = static_cast<const uint8_t*>(p.part) + row * p.part_stride + at * part_bytes;
-  float sum = 0.f, total[kValues] = {};
-  auto add = [&](float lse, const uint8_t* from, bool is_float) {
-    if (lse == -INFINITY) return;
-    const float weight = expf(lse - most);
-    float x[kValues];
-    load<T>(x, from, is_float);
-    sum += weight;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) total[i] += weight * x[i];
-  };
-  add(mine, out, p.out_float);
-  for (int i = 0; i < p.parts; ++i) add(part_lse[i * p.parts_lse_stride], part + i * p.parts_stride, p.part_float);
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) total[i] /= sum;
-  store<T>(out, total, p.out_float);
-  if (chunk == 0) *out_lse = most + logf(sum);
 }
 
 }  // namespace hierasparse::merge

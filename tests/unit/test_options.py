@@ -174,7 +174,7 @@ ALLOWED = {
     "prefill": ("'position'", "'chunk'"),
     "prefill_workspace_mib": ("whole numbers from 1",),
     "prefill_kernel": ("'auto'", "'wgmma_sp'", "'mma_sp'", "'expand'"),
-    "decode_kernel": ("'auto'", "'mma_sp'", "'mma'"),
+    "decode_kernel": ("'auto'", "'mma'", "'mma_sp'"),
     "log_interval": ("numbers from 0",),
 }
 

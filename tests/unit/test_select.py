@@ -89,6 +89,13 @@ def test_auto_is_a_kernel_that_serves_the_layer(capability, dtype):
                 assert levels.LEVELS[chosen].against(capability, dtype, layout) is None
 
 
+@pytest.mark.parametrize("capability", [H100, OTHER])
+def test_decode_leaves_the_clock_alone_where_it_costs_prefills(capability):
+    for layout in (V_CHANNEL, V_TOKEN, PageLayout(64, 2, 4, 4, "channel")):
+        chosen, _ = levels.choose("auto", capability, BF16, layout, "decode_kernel")
+        assert chosen == ("mma" if capability == H100 and layout.value_axis == "channel" else "mma_sp")
+
+
 @pytest.mark.parametrize("wish", ["mma_sp", "expand"])
 @pytest.mark.parametrize("capability", [H100, OTHER])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -119,12 +126,12 @@ def test_a_kernel_that_cannot_serve_the_layer_stops_the_engine(capability, dtype
 def test_the_options_name_every_kernel():
     properties = options.json_schema()["properties"]
     assert properties["prefill_kernel"]["enum"] == [levels.AUTO, *levels.LEVELS]
-    assert properties["decode_kernel"]["enum"] == [levels.AUTO, levels.MMA_SP, levels.MMA]
+    assert properties["decode_kernel"]["enum"] == [levels.AUTO, *levels.DECODE]
 
 
 def test_the_choice_is_part_of_the_selection(gpu):
     assert select().prefill == "expand (the fastest as measured on an H200)"
-    assert select().decode == "mma_sp (the faster one)"
+    assert select().decode.endswith(" (the faster one for prefill and decode together)")
     with pytest.raises(ValueError, match="option 'prefill_kernel' is 'wgmma_sp'"):
         ops.select(GPU, torch.bfloat16, LAYOUT, 4, "wgmma_sp")
     assert ops.select(GPU, torch.bfloat16, V_CHANNEL, 4, "auto", "mma").decode == "mma (option decode_kernel)"

@@ -85,8 +85,10 @@ class CudaOps:
         # Per value, with the log-sum-exps (4 / D): partial results, or one of them and the sum in float32.
         part = out.numel() * (out.itemsize + 1)
         need = max(prefill.MOST_AT_ONCE * part, part + 4 * out.numel())
+        room = self._prefill_mib << 20
         if self.level != levels.EXPAND:  # more partial results, if there is room
-            need = max(need, part + min((MOST_SPLITS - 1) * part, self._prefill_mib << 20))
+            need = max(need, part + min((MOST_SPLITS - 1) * part, room))
+        need += room  # what a chunk reads of itself (prefill.side_by_side)
         torch.empty(need, dtype=torch.uint8, device=out.device)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
@@ -108,7 +110,15 @@ class CudaOps:
             plan = make_plan(batch, requests, *how) if requests else None
             batch.derived["plan", how] = plan, int(decoded.max()) if len(decoded) else 0
         plan, longest = batch.derived["plan", how]
-        if plan is not None:  # first, since FlashAttention also writes the rows of decodes between two prefills
+
+        def decode():
+            torch.ops.hierasparse.decode(
+                *step, *caches, query, out, scale,
+                longest, self._buffers.ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
+            )  # fmt: skip
+
+        beside = longest > 0 and plan is not None and plan.alone
+        if plan is not None:
 
             def expand(ids, k, v):
                 torch.ops.hierasparse.expand(*caches, ids, k, v)
@@ -120,13 +130,11 @@ class CudaOps:
             if self._flash is None:
                 self._flash = compat.flash_attention(cache.layout.head_size)
             prefill.attend(
-                plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, self._buffers.sms, out
-            )
-        if longest:
-            torch.ops.hierasparse.decode(
-                *step, *caches, query, out, scale,
-                longest, self._buffers.ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
+                plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, self._buffers.sms, out,
+                decode=decode if beside else None,
             )  # fmt: skip
+        if longest and not beside:
+            decode()
 
     def _grid(self, query: torch.Tensor) -> Grid | None:
         """What `make_plan` needs to know of the fused kernel, if there is one."""

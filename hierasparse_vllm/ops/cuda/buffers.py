@@ -39,8 +39,18 @@ class Buffers:
         """As many dense pages of a layer as fit: K and V [pages, 256, H, D]."""
         page = kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
         n = len(self.expanded) // (2 * page)
-        both = self.expanded[: 2 * n * page].view(dtype).view(2, n, PAGE_TOKENS, kv_heads, head_size)
-        return both[0], both[1]
+        return dense_pages(self.expanded[: 2 * n * page].view(dtype), n, kv_heads, head_size)
+
+
+def dense_pages(
+    memory: torch.Tensor, pages: int, kv_heads: int, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory as dense K and V [pages, 256, H, D].
+
+    A head's rows lie side by side: FlashAttention-3 reads them faster than rows of all heads in turn.
+    """
+    k, v = memory.view(2, kv_heads, pages, PAGE_TOKENS, head_size).permute(0, 2, 3, 1, 4)
+    return k, v
 
 
 _BUFFERS: dict[torch.device, Buffers] = {}

@@ -34,7 +34,8 @@ class Level:
     capabilities : tuple or None
         Compute capabilities; None is every one that the extension has code for.
     fastest : callable
-        Whether ``auto`` takes it for a layout, if it can serve the layer: by what was measured on an H200.
+        Whether ``auto`` takes it for a compute capability and a layout, if it can serve the layer and no level before
+        it is taken: by what was measured on an H200.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Level:
     head_sizes: tuple[int, ...] = HEAD_SIZES
     value_axes: tuple[str, ...] = ("channel", "token")
     capabilities: tuple[tuple[int, int], ...] | None = None
-    fastest: Callable[[PageLayout], bool] = lambda layout: False
+    fastest: Callable[[tuple[int, int], PageLayout], bool] = lambda capability, layout: False
 
     def against(self, capability: tuple[int, int], dtype: torch.dtype, layout: PageLayout) -> str | None:
         """Why the kernel cannot serve a layer, in half a sentence; None if it can."""
@@ -67,16 +68,21 @@ LEVELS = {
             value_axes=("token",),
             capabilities=((9, 0),),
             # Not with dense sub-blocks, nor with 64 channels: docs/kernels.md.
-            fastest=lambda layout: layout.head_size == 128 and layout.sparse_k == layout.sparse_v == SUBS,
+            fastest=lambda capability, layout: layout.head_size == 128 and layout.sparse_k == layout.sparse_v == SUBS,
         ),
         Level(MMA_SP),
-        Level(EXPAND, fastest=lambda layout: True),
+        Level(EXPAND, fastest=lambda capability, layout: True),
     )
 }
 
 
 DECODE = {
-    level.name: level for level in (Level(MMA_SP, fastest=lambda layout: True), Level(MMA, value_axes=("channel",)))
+    level.name: level
+    for level in (
+        # A percent slower than mma_sp, but nothing of mma_sp's mark lowers the clock of prefills: docs/kernels.md.
+        Level(MMA, value_axes=("channel",), fastest=lambda capability, layout: capability == (9, 0)),
+        Level(MMA_SP, fastest=lambda capability, layout: True),
+    )
 }
 
 
@@ -89,7 +95,7 @@ class Choice(NamedTuple):
 
 CHOICES = {
     "prefill_kernel": Choice(LEVELS, "the fastest as measured on an H200"),
-    "decode_kernel": Choice(DECODE, "the faster one"),
+    "decode_kernel": Choice(DECODE, "the faster one for prefill and decode together"),
 }
 
 
@@ -127,7 +133,7 @@ def choose(
     levels, why = CHOICES[option]
     names = able(levels, capability, dtype, layout)
     if wish == AUTO:
-        return next(name for name in names if levels[name].fastest(layout)), why
+        return next(name for name in names if levels[name].fastest(capability, layout)), why
     if wish not in names:
         raise ValueError(
             f"HieraSparse: option {option!r} is {wish!r}, but {levels[wish].against(capability, dtype, layout)}; "

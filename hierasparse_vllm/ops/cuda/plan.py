@@ -4,8 +4,8 @@ A tile (`Tile`) is at most 256 queries with one compressed length.  What a step'
 each of them one FlashAttention call over all requests or one launch of a fused kernel:
 
 * the window: each tile over its dense tokens, read in place;
-* pages that only a request's later tiles read: each tile over its share of expanded pages.  If they fit into the
-  workspace together with the window's rows, both are one call, in which keys lie as in a dense cache;
+* pages that only a request's later tiles read: each tile over its share of expanded pages.  If they and the window's
+  rows take no more memory than the workspace, both are one call, in which keys lie as in a dense cache;
 * pages that all tiles of a request read: the whole request over contiguous expanded rows, as many pages at a time as
   the workspace holds; or a fused kernel, which reads pages as they are.  Its tiles are shorter (`page_tiles`), and if
   what only later tiles read does not fit into the workspace, it reads that too.
@@ -114,6 +114,11 @@ class Plan:
     parts: list[Call]
     unwritten: tuple[torch.Tensor, torch.Tensor]
     fused: Fused | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether no rows of other requests lie between the plan's: FlashAttention would write them."""
+        return self.dense.merged is None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@ Partial results are merged (see plan.py)."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
+from hierasparse_vllm.ops.cuda.buffers import dense_pages
 from hierasparse_vllm.ops.cuda.plan import Call, Fused, Plan
 from hierasparse_vllm.page import PAGE_TOKENS
 
@@ -16,7 +20,7 @@ MOST_AT_ONCE = 3
 
 
 def attend(
-    plan: Plan, flash, query, window, expand, workspace, fused, scale: float, sms: int, out: torch.Tensor
+    plan: Plan, flash, query, window, expand, workspace, fused, scale: float, sms: int, out: torch.Tensor, decode=None
 ) -> None:
     """Write the outputs of the plan's requests.
 
@@ -30,12 +34,15 @@ def attend(
     expand : callable
         ``expand(ids, k, v)`` writes the dense rows of pages.
     workspace : tuple of Tensor
-        Room for dense K and V [pages, 256, H, D].
+        Room for dense K and V [pages, 256, H, D] of older pages.
     fused : callable
         ``fused(work, query, parts, lse)`` writes attention of tiles over their pages: `library.prefill`.
     scale : float
     sms : int
         Multiprocessors of the device.
+    decode : callable or None
+        Launches attention of the step's other requests, beside that of the plan's; none of their rows may lie between
+        the plan's, which FlashAttention writes.
     """
     d = query.shape[2]
     keys, values = window[..., :d].transpose(1, 2), window[..., d:].transpose(1, 2)
@@ -55,58 +62,119 @@ def attend(
             num_splits=1 if fills else 0,
         )  # fmt: skip
 
-    merge = torch.ops.hierasparse.merge
-    rows = plan.dense.rows
-    if plan.dense.blocks is not None:
-        keys, values = side_by_side(plan.dense, window, expand, workspace)
-    _, lse = run(plan.dense, keys, values, True, out[rows])
-    if plan.fused is not None:
-        attend_pages(plan.fused, query, fused, out, lse, rows.start)
-    if not plan.parts:
-        return
+    def attend_dense() -> torch.Tensor:
+        k, v = keys, values
+        if plan.dense.blocks is not None:
+            k, v = side_by_side(plan.dense, window, expand)
+        return run(plan.dense, k, v, True, mine)[1]
 
-    def run_expanded(call: Call, into=None):
+    rows, beside, merge_older = plan.dense.rows, Beside(out.device), None
+    mine = out[rows]
+    if plan.fused is not None:
+        merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
+    elif plan.parts:
+        merge_older = attend_expanded(plan.parts, run, expand, workspace, mine, rows.start, beside)
+    if merge_older is None:
+        beside.begin()
+        attend_dense()
+    else:
+        lse = beside.run(attend_dense)
+    if decode is not None:
+        beside.run(decode)
+    beside.end()
+    if merge_older is not None:
+        merge_older(lse)
+
+
+class Beside:
+    """A second stream, for kernels that shall take the SMs which the last wave of a long one leaves idle.
+
+    A kernel with more CTAs than fit keeps all SMs until its last wave, so what is launched there behind it runs then.
+    What `run` launches waits for what was launched here before `begin`; what is launched here after `end` waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._streams = torch.get_device_module(device)  # those of a CPU do nothing
+        self._here, self._there = self._streams.current_stream(), _second_stream(device)
+
+    def begin(self) -> None:
+        self._begun = self._here.record_event()
+
+    def run(self, function: Callable):
+        # Memory that is allocated there is used again there only, and waited for here before that.
+        with self._streams.stream(self._there):
+            self._there.wait_event(self._begun)
+            return function()
+
+    def end(self) -> None:
+        self._here.wait_stream(self._there)
+
+
+@functools.cache
+def _second_stream(device: torch.device):
+    with device:
+        return torch.get_device_module(device).Stream()
+
+
+Merge = Callable[[torch.Tensor], None]
+"""Merges what was attended into the outputs, given their log-sum-exps [heads, rows]."""
+
+
+def attend_expanded(calls: list[Call], run, expand, workspace, out, first_row: int, beside: Beside) -> Merge:
+    """Calls over expanded pages for ``out`` [rows, heads, D], whose rows count from ``first_row``; the other parameters
+    are `attend`'s.  The first call is the longest, so the others' kernels begin beside it."""
+    merge = torch.ops.hierasparse.merge
+    whole = all(call.merged is None and call.rows == slice(first_row, first_row + len(out)) for call in calls)
+    at_once, one_by_one = whole and len(calls) <= MOST_AT_ONCE, len(calls) > 1
+    if at_once:
+        parts, lses = out.new_empty(len(calls), *out.shape), []
+    elif one_by_one:  # summed in float32
+        total = torch.empty_like(out, dtype=torch.float32, memory_format=torch.contiguous_format)
+        total_lse = out.new_full((out.shape[1], len(out)), -torch.inf, dtype=torch.float32)
+    for i, call in enumerate(calls):
         k, v = (x[: len(call.pages)] for x in workspace)
         expand(call.pages, k, v)
         if call.key_start is not None:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
-        return run(call, k, v, False, into)
-
-    if len(plan.parts) <= MOST_AT_ONCE and all(call.rows == rows and call.merged is None for call in plan.parts):
-        parts = out.new_empty(len(plan.parts), *out[rows].shape)
-        lses = [run_expanded(call, part)[1] for call, part in zip(plan.parts, parts)]
-        merge(out[rows], lse, parts, torch.stack(lses), None)
-        return
-    into, into_lse = out[rows], lse
-    if len(plan.parts) > 1:  # one after the other: summed in float32
-        into = torch.empty_like(into, dtype=torch.float32, memory_format=torch.contiguous_format)
-        into_lse = torch.full_like(lse, -torch.inf)
-    for call in plan.parts:
-        part, part_lse = run_expanded(call)
-        mine = slice(call.rows.start - rows.start, call.rows.stop - rows.start)
-        merge(into[mine], into_lse[:, mine], part, part_lse, call.merged)
-    if len(plan.parts) > 1:
-        merge(out[rows], lse, into, into_lse, None)
+        if i == 0:
+            beside.begin()
+        part, part_lse = run(call, k, v, False, parts[i] if at_once else None)
+        some = slice(call.rows.start - first_row, call.rows.stop - first_row)
+        if at_once:
+            lses.append(part_lse)
+        elif one_by_one:
+            merge(total[some], total_lse[:, some], part, part_lse, call.merged)
+    if at_once:
+        return lambda lse: merge(out, lse, parts, torch.stack(lses), None)
+    if one_by_one:
+        return lambda lse: merge(out, lse, total, total_lse, None)
+    return lambda lse: merge(out[some], lse[:, some], part, part_lse, call.merged)
 
 
-def side_by_side(call: Call, window, expand, workspace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The call's expanded pages and, behind them, its rows of the window, in the workspace: K and V [n, 256, H, D]."""
-    n, window_block = len(call.pages), window.shape[2]
-    k, v = (x[: n + len(call.blocks) * window_block // PAGE_TOKENS] for x in workspace)
+def side_by_side(call: Call, window, expand) -> tuple[torch.Tensor, torch.Tensor]:
+    """The call's expanded pages and, behind them, its rows of the window: K and V [n, 256, H, D].
+
+    In memory of their own, since the workspace has older pages meanwhile.
+    """
+    (_, heads, window_block, width), n = window.shape, len(call.pages)
+    end = n + len(call.blocks) * window_block // PAGE_TOKENS
+    k, v = dense_pages(window.new_empty(end * PAGE_TOKENS * heads * width), end, heads, width // 2)
     expand(call.pages, k[:n], v[:n])
     wide = torch.complex128  # copies 16 bytes at a time
-    for to, rows in zip((k, v), window.transpose(1, 2).view(wide).chunk(2, dim=-1)):
-        torch.index_select(rows, 0, call.blocks, out=to[n:].view(wide).view(-1, *rows.shape[1:]))
+    for to, rows in zip((k, v), window.transpose(0, 1).view(wide).chunk(2, dim=-1)):
+        of_head = to[n:].permute(2, 0, 1, 3).flatten(1, 2).unflatten(1, (-1, window_block))
+        torch.index_select(rows, 1, call.blocks, out=of_head.view(wide))
     return k, v
 
 
-def attend_pages(work: Fused, query, fused, out: torch.Tensor, lse: torch.Tensor, first_row: int) -> None:
-    """Attention over pages by a fused kernel, merged into ``out``; ``lse`` [heads, rows] counts from ``first_row``."""
+def attend_pages(work: Fused, query, fused, out, first_row: int, beside: Beside) -> Merge:
+    """Attention over pages by a fused kernel for ``out``, whose rows count from ``first_row``."""
     rows = work.rows
     n, heads, d = query[rows].shape
-    parts = torch.empty(work.splits, n, heads, d, dtype=out.dtype, device=out.device)
+    parts = query.new_empty(work.splits, n, heads, d)
     # Rows of no tile, which read no page, are not written.
-    parts_lse = torch.full((work.splits, heads, n), -torch.inf, dtype=torch.float32, device=out.device)
+    parts_lse = query.new_full((work.splits, heads, n), -torch.inf, dtype=torch.float32)
+    beside.begin()
     fused(work, query[rows], parts, parts_lse)
-    mine = slice(rows.start - first_row, rows.stop - first_row)
-    torch.ops.hierasparse.merge(out[rows], lse[:, mine], parts, parts_lse, None)
+    some = slice(rows.start - first_row, rows.stop - first_row)
+    return lambda lse: torch.ops.hierasparse.merge(out[some], lse[:, some], parts, parts_lse, None)
