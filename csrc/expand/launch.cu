@@ -27,7 +27,9 @@ void launch_merge(const MergeParams& params, cudaStream_t stream) {
   const cudaError_t error = with_dtype(params.dtype, [&](auto dtype) {
     using T = typename decltype(dtype)::type;
     const bool floats = params.out_float || params.part_float;
-    const auto kernel = floats ? merge::merge_rows<T, true> : merge::merge_rows<T, false>;
+    const auto kernel = floats              ? merge::merge_rows<T, true, 4>
+                        : params.parts == 1 ? merge::merge_rows<T, false, 2>
+                                            : merge::merge_rows<T, false, 4>;
     kernel<<<params.count, merge::kThreads, 0, stream>>>(params);
     return cudaGetLastError();
   });

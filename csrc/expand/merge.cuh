@@ -10,7 +10,6 @@ namespace hierasparse::merge {
 
 constexpr int kThreads = 256;
 constexpr int kValues = 8;  // of one thread
-constexpr int kBatch = 4;   // sources at a time: an engine merges two to four
 
 // Eight values as they are stored: 16 bytes, or 32 of floats.
 template <bool kFloats>
@@ -52,8 +51,8 @@ __device__ __forceinline__ void store(uint8_t* to, const float (&from)[kValues],
 // A CTA takes one row of all heads; head_size / 8 neighbouring threads, all of one warp, have one head.  What is there
 // already, the first source, and the parts are loaded kBatch at a time, beside the log-sum-exps that tell whether they
 // count: one wait for memory instead of two for each.  kFloats: `out` or `part` are float32.
-template <typename T, bool kFloats>
-__global__ void __launch_bounds__(kThreads) merge_rows(const MergeParams p) {
+template <typename T, bool kFloats, int kBatch>
+__global__ void __launch_bounds__(kThreads, kBatch == 2 ? 6 : 4) merge_rows(const MergeParams p) {
   const int row = blockIdx.x, to = p.rows ? p.rows[row] : row;
   if (to < 0) return;
   const int per_head = p.head_size / kValues, items = p.heads * per_head, log2 = 31 - __clz(per_head);

@@ -42,9 +42,7 @@ class Buffers:
         return dense_pages(self.expanded[: 2 * n * page].view(dtype), n, kv_heads, head_size)
 
 
-def dense_pages(
-    memory: torch.Tensor, pages: int, kv_heads: int, head_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_pages(memory: torch.Tensor, pages: int, kv_heads: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory as dense K and V [pages, 256, H, D].
 
     A head's rows lie side by side: FlashAttention-3 reads them faster than rows of all heads in turn.

@@ -73,7 +73,7 @@ def attend(
     if plan.fused is not None:
         merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
     elif plan.parts:
-        merge_older = attend_expanded(plan.parts, run, expand, workspace, mine, rows.start, beside)
+        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside)
     if merge_older is None:
         beside.begin()
         attend_dense()
@@ -112,22 +112,22 @@ class Beside:
 
 @functools.cache
 def _second_stream(device: torch.device):
-    with device:
-        return torch.get_device_module(device).Stream()
+    """One for all layers on a device, which is the current one."""
+    return torch.get_device_module(device).Stream()
 
 
 Merge = Callable[[torch.Tensor], None]
 """Merges what was attended into the outputs, given their log-sum-exps [heads, rows]."""
 
 
-def attend_expanded(calls: list[Call], run, expand, workspace, out, first_row: int, beside: Beside) -> Merge:
+def attend_expanded(calls: list[Call], run, query, expand, workspace, out, first_row: int, beside: Beside) -> Merge:
     """Calls over expanded pages for ``out`` [rows, heads, D], whose rows count from ``first_row``; the other parameters
     are `attend`'s.  The first call is the longest, so the others' kernels begin beside it."""
     merge = torch.ops.hierasparse.merge
-    whole = all(call.merged is None and call.rows == slice(first_row, first_row + len(out)) for call in calls)
-    at_once, one_by_one = whole and len(calls) <= MOST_AT_ONCE, len(calls) > 1
+    alike = all(call.merged is None and call.rows == calls[0].rows for call in calls)
+    at_once, one_by_one = alike and len(calls) <= MOST_AT_ONCE, len(calls) > 1
     if at_once:
-        parts, lses = out.new_empty(len(calls), *out.shape), []
+        parts, lses = query.new_empty(len(calls), *query[calls[0].rows].shape), []
     elif one_by_one:  # summed in float32
         total = torch.empty_like(out, dtype=torch.float32, memory_format=torch.contiguous_format)
         total_lse = out.new_full((out.shape[1], len(out)), -torch.inf, dtype=torch.float32)
@@ -145,7 +145,7 @@ def attend_expanded(calls: list[Call], run, expand, workspace, out, first_row: i
         elif one_by_one:
             merge(total[some], total_lse[:, some], part, part_lse, call.merged)
     if at_once:
-        return lambda lse: merge(out, lse, parts, torch.stack(lses), None)
+        return lambda lse: merge(out[some], lse[:, some], parts, torch.stack(lses), None)
     if one_by_one:
         return lambda lse: merge(out, lse, total, total_lse, None)
     return lambda lse: merge(out[some], lse[:, some], part, part_lse, call.merged)
