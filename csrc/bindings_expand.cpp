@@ -4,13 +4,26 @@
 
 namespace hierasparse {
 
-static void expand(const Cache& cache, uintptr_t pages, int count, uintptr_t k, uintptr_t v, int64_t page_stride,
-                   int64_t token_stride, int64_t head_stride, uintptr_t k_order, uintptr_t stream) {
-  require(count >= 0, "count must not be negative");
+static void expand(const Cache& cache, uintptr_t pages, int count, uintptr_t blocks, uintptr_t tokens, int block_count,
+                   int window_block, uintptr_t k, uintptr_t v, int64_t page_stride, int64_t token_stride,
+                   int64_t head_stride, uintptr_t k_order, uintptr_t stream) {
+  require(count >= 0 && block_count >= 0, "count and block_count must not be negative");
+  require(window_block > 0 && window_block % kSubTokens == 0, "window_block must be a multiple of 64");
   strides({page_stride, token_stride, head_stride}, "page_stride, token_stride and head_stride");
-  const ExpandParams params{
-      cache,       ints(pages, "pages"), count,       pointer<void>(k, "k"),   pointer<void>(v, "v"),
-      page_stride, token_stride,         head_stride, ints(k_order, "k_order")};
+  const auto given = [](uintptr_t p, int n, const char* name) { return n == 0 ? nullptr : ints(p, name); };
+  const ExpandParams params{cache,
+                            given(pages, count, "pages"),
+                            count,
+                            given(blocks, block_count, "blocks"),
+                            given(tokens, block_count, "tokens"),
+                            block_count,
+                            window_block,
+                            pointer<void>(k, "k"),
+                            pointer<void>(v, "v"),
+                            page_stride,
+                            token_stride,
+                            head_stride,
+                            ints(k_order, "k_order")};
   launch_expand(params, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -44,9 +57,10 @@ static void merge(uintptr_t out, uintptr_t out_lse, uintptr_t part, uintptr_t pa
 }
 
 void bind_expand(py::module_& m) {
-  m.def("expand", &expand, py::arg("cache"), py::kw_only(), py::arg("pages"), py::arg("count"), py::arg("k"),
-        py::arg("v"), py::arg("page_stride"), py::arg("token_stride"), py::arg("head_stride"), py::arg("k_order"),
-        py::arg("stream"), "Compressed pages to dense rows of a workspace");
+  m.def("expand", &expand, py::arg("cache"), py::kw_only(), py::arg("pages"), py::arg("count"), py::arg("blocks") = 0,
+        py::arg("tokens") = 0, py::arg("block_count") = 0, py::arg("window_block"), py::arg("k"), py::arg("v"),
+        py::arg("page_stride"), py::arg("token_stride"), py::arg("head_stride"), py::arg("k_order"), py::arg("stream"),
+        "Compressed pages, and behind them window blocks, to dense rows");
   m.def("merge", &merge, py::kw_only(), py::arg("out"), py::arg("out_lse"), py::arg("part"), py::arg("part_lse"),
         py::arg("parts"), py::arg("out_stride"), py::arg("part_stride"), py::arg("parts_stride"),
         py::arg("out_lse_stride"), py::arg("part_lse_stride"), py::arg("parts_lse_stride"), py::arg("rows") = 0,

@@ -1,7 +1,8 @@
 // Compressed pages to dense rows, bound by bytes: what is read and written is moved 16 bytes at a time.
 //
 // A CTA takes one sub-block of one side of one page and head.  Its warps read the values in the order in which they are
-// stored, scatter them into rows in shared memory, and then write the rows, with K's mean added on the way out.
+// stored, scatter them into rows in shared memory, and then write the rows, with K's mean added on the way out. Further
+// CTAs each copy 64 tokens of a window block, as they are.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -202,8 +203,30 @@ __device__ __forceinline__ void scatter_dense_v(const uint8_t* sub, Rows<D> rows
   }
 }
 
+// K and V of a head's 64 tokens of a window block; `unit` counts them, blocks outermost.
+template <int D>
+__device__ __forceinline__ void copy_window(const ExpandParams& p, int unit) {
+  constexpr int kChunks = 2 * D / 8,
+                kSteps = kSubTokens * kChunks / kThreads;  // 16-byte chunks: K's of a row, then V's
+  const int parts = p.window_block / kSubTokens, first = unit % parts * kSubTokens;
+  const int head = unit / parts % p.cache.kv_heads, i = unit / parts / p.cache.kv_heads;
+  const uint8_t* const from =
+      p.cache.window + p.blocks[i] * p.cache.window_stride + (int64_t{head} * p.window_block + first) * kChunks * 16;
+  const int tokens = p.tokens[i] - first, row = i * p.window_block + first, at = row % kPageTokens;
+  const int64_t to = (p.count + row / kPageTokens) * p.page_stride + at * p.token_stride + head * p.head_stride;
+#pragma unroll 8
+  for (int step = 0; step < kSteps; ++step) {
+    const int n = step * kThreads + threadIdx.x, token = n / kChunks, chunk = n % (kChunks / 2);
+    uint8_t* const side = static_cast<uint8_t*>(n % kChunks < kChunks / 2 ? p.k : p.v);
+    const uint4 value = token < tokens ? load16(from + 16 * n) : uint4{};
+    *reinterpret_cast<uint4*>(side + to + token * p.token_stride + 16 * chunk) = value;
+  }
+}
+
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) expand_pages(const ExpandParams p) {
+  const int of_pages = p.count * p.cache.kv_heads * kParts;
+  if (static_cast<int>(blockIdx.x) >= of_pages) return copy_window<D>(p, blockIdx.x - of_pages);
   constexpr int kChunks = D / 8, kRowsAtOnce = kThreads / kChunks;  // 16-byte chunks of a row
   constexpr int kOwn = (D + kThreads - 1) / kThreads;               // places of the order that a thread loads
   __shared__ __align__(16) uint8_t shared[kSubTokens * Rows<D>::kStride];

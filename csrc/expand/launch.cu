@@ -6,13 +6,15 @@
 namespace hierasparse {
 
 void launch_expand(const ExpandParams& params, cudaStream_t stream) {
-  if (params.count == 0) return;
-  const int64_t blocks = int64_t{params.count} * params.cache.kv_heads * expand::kParts;
-  if (blocks > INT32_MAX) throw std::runtime_error("HieraSparse: expand got more pages than fit into one launch.");
+  const int64_t of_head =
+      int64_t{params.count} * expand::kParts + int64_t{params.block_count} * params.window_block / kSubTokens;
+  const int64_t ctas = of_head * params.cache.kv_heads;
+  if (ctas == 0) return;
+  if (ctas > INT32_MAX) throw std::runtime_error("HieraSparse: expand got more pages than fit into one launch.");
   const cudaError_t error = with_dtype(params.cache.dtype, [&](auto dtype) {
     return with_head_size(params.cache.layout.head_size, "expand", [&](auto d) {
       const auto kernel = expand::expand_pages<typename decltype(dtype)::type, decltype(d)::value>;
-      kernel<<<static_cast<unsigned>(blocks), expand::kThreads, 0, stream>>>(params);
+      kernel<<<static_cast<unsigned>(ctas), expand::kThreads, 0, stream>>>(params);
       return cudaGetLastError();
     });
   });

@@ -8,12 +8,17 @@
 
 namespace hierasparse {
 
-// Pages to dense rows of a workspace: value c of head h of token t of the i-th page of `pages` goes to
-// k (v) + i * page_stride + t * token_stride + h * head_stride + 2 * c, all strides in bytes.
+// Pages to dense rows: value c of head h of token t of the i-th page of `pages` goes to
+// k (v) + i * page_stride + t * token_stride + h * head_stride + 2 * c, all strides in bytes.  Behind them, from page
+// `count` on, go the tokens of window blocks.
 struct ExpandParams {
-  Cache cache;           // only `pages`, `page_stride`, `kv_heads`, `value_axis_token`, `layout` and `dtype` are read
+  Cache cache;
   const int32_t* pages;  // [count] page ids
   int count;
+  const int32_t* blocks;  // [block_count] window blocks
+  const int32_t* tokens;  // [block_count], how many tokens each has; its other rows become zero
+  int block_count;
+  int window_block;  // tokens per window block, a multiple of 64
   void* k;
   void* v;
   int64_t page_stride;

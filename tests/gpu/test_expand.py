@@ -65,6 +65,32 @@ def test_pages_behind_four_gigabytes():
         assert equal_bits(got, right.transpose(1, 2))
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_window_blocks_behind_the_pages(d):
+    """Rows without a token become zero, whatever the block has there; heads lie apart, as in an engine."""
+    from hierasparse_vllm.ops.cache import LayerCache
+    from hierasparse_vllm.ops.cuda import library
+    from hierasparse_vllm.ops.cuda.buffers import dense_pages
+    from hierasparse_vllm.page import PageLayout
+
+    layout, heads, n = PageLayout(d, 2, 4, 4, "channel", 1, True), 3, 2
+    pages, ids, policy, want = make_pages(layout, heads, BF16, n=n, blocks=7)
+    window = torch.randn(9, heads, 128, 2 * d, device="cuda").to(BF16)
+    blocks = torch.tensor([8, 1, 3, 4, 4, 4], dtype=torch.int32, device="cuda")
+    tokens = torch.tensor([128, 128, 128, 65, 0, 0], dtype=torch.int32, device="cuda")
+    window[0] = window[4, :, 65:] = torch.nan
+    memory = torch.full((2 * heads * (n + 3) * 256 * d,), torch.nan, dtype=BF16, device="cuda")
+    k, v = dense_pages(memory, n + 3, heads, d)
+    cache = LayerCache(window, pages, layout, policy)
+    order = policy.key.grouping.order.int()
+    torch.ops.hierasparse.expand(*library.cache_arguments(cache, order), ids, k, v, blocks, tokens)
+    rows = window[blocks.long()].transpose(1, 2)
+    rows = rows.masked_fill((torch.arange(128, device="cuda") >= tokens[:, None])[..., None, None], 0)
+    for got, right, dense in zip((k, v), want, rows.chunk(2, dim=-1)):
+        assert equal_bits(got[:n], right.transpose(1, 2))
+        assert equal_bits(got[n:].flatten(0, 1), dense.flatten(0, 1))
+
+
 def test_no_pages_and_twice_the_same_page():
     from hierasparse_vllm.page import PageLayout
 

@@ -1,6 +1,6 @@
 // Runs the expand kernel of csrc/expand on a CPU: a thread of the machine for each thread of a CTA.
-// expand_kernel FOLDER D H SPARSE_K SPARSE_V SINKS MEAN TOKEN_AXIS BFLOAT16 BLOCKS COUNT
-// reads FOLDER/pool, ids and order, and writes FOLDER/k and v.
+// expand_kernel FOLDER D H SPARSE_K SPARSE_V SINKS MEAN TOKEN_AXIS BFLOAT16 BLOCKS COUNT WINDOW_BLOCKS WINDOW_COUNT
+// reads FOLDER/pool, ids, order, window, blocks and tokens, and writes FOLDER/k and v.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <vector_functions.h>
@@ -81,12 +81,14 @@ static void run(const ExpandParams& p) {
 
 int main(int, char** args) {
   const std::string folder = std::string(args[1]) + "/";
-  int n[11];
-  for (int i = 2; i < 12; ++i) n[i - 2] = std::atoi(args[i]);
-  const int d = n[0], heads = n[1], count = n[9];
+  int n[12];
+  for (int i = 2; i < 14; ++i) n[i - 2] = std::atoi(args[i]);
+  constexpr int kWindowBlock = 128;
+  const int d = n[0], heads = n[1], count = n[9], block_count = n[11];
   const PageLayout layout{d, 2, n[2], n[3], n[4], n[5] != 0};
   std::vector<char> pool = read(folder + "pool"), ids = read(folder + "ids"), order = read(folder + "order");
-  std::vector<char> k(size_t{2} * count * kPageTokens * heads * d), v(k.size());
+  std::vector<char> window = read(folder + "window"), blocks = read(folder + "blocks"), tokens = read(folder + "tokens");
+  std::vector<char> k(size_t{2} * (count * kPageTokens + block_count * kWindowBlock) * heads * d), v(k.size());
   ExpandParams p{};
   p.cache.pages = reinterpret_cast<uint8_t*>(pool.data());
   p.cache.page_stride = static_cast<int64_t>(pool.size() / n[8]);
@@ -95,6 +97,12 @@ int main(int, char** args) {
   p.cache.layout = layout;
   p.pages = reinterpret_cast<const int32_t*>(ids.data());
   p.count = count;
+  p.cache.window = reinterpret_cast<uint8_t*>(window.data());
+  p.cache.window_stride = static_cast<int64_t>(window.size() / n[10]);
+  p.blocks = reinterpret_cast<const int32_t*>(blocks.data());
+  p.tokens = reinterpret_cast<const int32_t*>(tokens.data());
+  p.block_count = block_count;
+  p.window_block = kWindowBlock;
   p.k = k.data();
   p.v = v.data();
   p.head_stride = 2 * d;
@@ -106,7 +114,7 @@ int main(int, char** args) {
   for (unsigned t = 0; t < kCta; ++t) {
     threads.emplace_back([&, t] {
       threadIdx.x = t;
-      for (int block = 0; block < count * heads * expand::kParts; ++block) {
+      for (int block = 0; block < heads * (count * expand::kParts + block_count * kWindowBlock / kSubTokens); ++block) {
         blockIdx.x = block;
         __syncthreads();  // the last block's shared memory is no longer read
         n[7] ? run<__nv_bfloat16>(p) : run<__half>(p);

@@ -38,6 +38,7 @@ CALLS = {
     "decode": (*BATCH, *CACHE, QUERY, QUERY.clone(), 0.1, 16, 8, False, FLOATS, ints(8)),
     "decode with keys expanded": (*BATCH, *CACHE, QUERY, QUERY.clone(), 0.1, 16, 8, True, FLOATS, ints(8)),
     "expand": (*CACHE, ints(1), bf16(1, 256, HEADS, 64), bf16(1, 256, HEADS, 64)),
+    "expand with a window": (*CACHE, ints(1), *bf16(2, 2, 256, HEADS, 64), ints(2), ints(2)),
     "prefill mma_sp": (*BATCH, *CACHE, "mma_sp", ints(1, 5), QUERY, *PARTS, 0.1),
     "merge of parts": (QUERY, LSE, *PARTS, None),
     "merge": (QUERY, LSE, QUERY.clone(), LSE.clone(), ints(ROWS)),

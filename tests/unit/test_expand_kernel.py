@@ -47,10 +47,18 @@ def test_rows_have_the_bits_of_the_reference(kernel, tmp_path, d, sparse, axis, 
     pages = codec.pack(k + 1, v, layout, policy, torch.tensor([True, False, True]))
     pool = torch.full((blocks, *pages.shape[1:]), 255, dtype=torch.uint8)
     pool[ids.long()] = pages
-    for name, x in (("pool", pool), ("ids", ids), ("order", policy.key.grouping.order.int())):
+    # Window blocks [blocks, H, 128, K | V] with NaN where there is no token.
+    copied, tokens = torch.tensor([3, 1, 2, 2], dtype=torch.int32), torch.tensor([128, 70, 1, 0], dtype=torch.int32)
+    window = torch.randn(4, heads, 128, 2 * d, generator=torch.Generator().manual_seed(1)).to(dtype)
+    window[1, :, 70:] = window[0] = torch.nan
+    tables = {"ids": ids, "order": policy.key.grouping.order.int(), "blocks": copied, "tokens": tokens}
+    for name, x in (tables | {"pool": pool, "window": window.view(torch.int16)}).items():
         x.numpy().tofile(tmp_path / name)
-    numbers = (d, heads, *sparse, sinks, mean, axis == "token", dtype == BF16, blocks, len(ids))
+    numbers = (d, heads, *sparse, sinks, mean, axis == "token", dtype == BF16, blocks, len(ids), 4, len(copied))
     subprocess.run([kernel, tmp_path, *(str(int(n)) for n in numbers)], check=True)
-    for name, want in zip("kv", codec.unpack(pages, layout, policy, dtype)):
-        got = torch.from_numpy(np.fromfile(tmp_path / name, np.int16)).view(len(ids), 256, heads, d)
-        assert torch.equal(got, want.transpose(1, 2).contiguous().view(torch.int16)), name
+    empty = torch.arange(128) >= tokens[:, None]
+    behind = window[copied.long()].transpose(1, 2).masked_fill(empty[..., None, None], 0).chunk(2, dim=-1)
+    for name, want, dense in zip("kv", codec.unpack(pages, layout, policy, dtype), behind):
+        got = torch.from_numpy(np.fromfile(tmp_path / name, np.int16)).view(-1, heads, d)
+        want = torch.cat((want.transpose(1, 2).flatten(0, 1), dense.flatten(0, 1)))
+        assert torch.equal(got, want.contiguous().view(torch.int16)), name

@@ -98,10 +98,19 @@ class PlannedOps(ReferenceOps):
             room = self.how[0]
             workspace = torch.full((2, room, 256, heads, d), torch.nan, dtype=dtype)
 
-            def expand(ids, k, v):
-                assert len(ids) == len(k) <= room and ids.dtype == torch.int32
+            def expand(ids, k, v, blocks=None, tokens=None):
+                n, window_block = len(ids), cache.window.shape[2]
+                assert len(k) == n + (0 if blocks is None else len(blocks) * window_block // 256) <= room
+                assert ids.dtype == torch.int32
                 for x, rows in zip(unpacked(cache, ids, dtype), (k, v)):
-                    rows.copy_(x)
+                    rows[:n].copy_(x)
+                if blocks is None:
+                    return
+                sides = cache.window[blocks.long()].transpose(1, 2).chunk(2, dim=-1)
+                empty = torch.arange(window_block) >= tokens[:, None]
+                for x, rows in zip(sides, (k, v)):
+                    x = x.masked_fill(empty[..., None, None], 0).flatten(0, 1)
+                    rows[n:].copy_(x.unflatten(0, (-1, 256)))
 
             def fused(work, q, parts, lse):
                 for tile in work.tiles.tolist():

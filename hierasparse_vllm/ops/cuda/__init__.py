@@ -120,8 +120,8 @@ class CudaOps:
         beside = longest > 0 and plan is not None and plan.alone
         if plan is not None:
 
-            def expand(ids, k, v):
-                torch.ops.hierasparse.expand(*caches, ids, k, v)
+            def expand(*arguments):
+                torch.ops.hierasparse.expand(*caches, *arguments)
 
             def fused(work, q, parts, lse):
                 own = library.batch_arguments(batch, work.rule)

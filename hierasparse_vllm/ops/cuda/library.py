@@ -236,17 +236,25 @@ def prefill(batch, cache, k_order, level, tiles, query, out, lse, scale):
     )
 
 
-@_operator(f"expand({_CACHE}, Tensor ids, Tensor(a!) k, Tensor(b!) v)")
-def expand(pages, window, layout, k_order, ids, k, v):
-    """Pages ``ids`` as dense rows: k and v [n, 256, H, D]; ``window`` only tells the dtype and the heads."""
+@_operator(f"expand({_CACHE}, Tensor ids, Tensor(a!) k, Tensor(b!) v, Tensor? blocks=None, Tensor? tokens=None)")
+def expand(pages, window, layout, k_order, ids, k, v, blocks=None, tokens=None):
+    """Pages ``ids`` as dense rows: k and v [n, 256, H, D]; behind them window ``blocks`` int32 [m], each with so many
+    ``tokens`` int32 [m]: its other rows become zero."""
     assert ids.dtype == torch.int32 and ids.is_contiguous() and k.stride() == v.stride() and k.stride(3) == 1
-    if not len(ids):  # an empty tensor has no address
+    if not len(ids) and blocks is None:  # an empty tensor has no address
         return
+    behind = {}
+    if blocks is not None:
+        assert blocks.dtype == tokens.dtype == torch.int32 and blocks.is_contiguous() and tokens.is_contiguous()
+        assert len(k) >= len(ids) + len(blocks) * window.shape[2] / k.shape[1], "there is room behind the pages"
+        behind = {"blocks": blocks.data_ptr(), "tokens": tokens.data_ptr(), "block_count": len(blocks)}
     page, token, head = (n * k.itemsize for n in k.stride()[:3])
     extension.load().expand(
         _cache(pages, window, layout),
         pages=ids.data_ptr(),
         count=len(ids),
+        **behind,
+        window_block=window.shape[2],
         k=k.data_ptr(),
         v=v.data_ptr(),
         page_stride=page,

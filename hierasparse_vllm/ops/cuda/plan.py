@@ -56,8 +56,9 @@ class Call:
         Each row's own number, -1 for rows without keys; None if there are no such rows.
     pages : Tensor or None, int32
         Ids of the pages to expand first.
-    blocks : Tensor or None, int32
-        Window blocks whose rows are to be copied behind the expanded ones; `PAGE_TOKENS` / window_block are a page.
+    blocks, tokens : Tensor or None, int32
+        Window blocks whose rows are to be copied behind the expanded ones, and how many tokens each has;
+        `PAGE_TOKENS` / window_block are a page.
     """
 
     rows: slice
@@ -70,6 +71,7 @@ class Call:
     merged: torch.Tensor | None = None
     pages: torch.Tensor | None = None
     blocks: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
 
 @dataclass
@@ -104,15 +106,16 @@ class Plan:
         Each tile over its dense tokens, and over pages too if it has ``pages``.
     parts : list of Call
         Over expanded pages.
-    unwritten : tuple of Tensor, int64
-        Window block and offset of every token slot behind a request's last token in that token's block.
+    unwritten : tuple of Tensor or None, int64
+        Where the window is read in place: block and offset of every token slot behind a request's last token in that
+        token's block.
     fused : Fused or None
         Over pages as they are; instead of ``parts``.
     """
 
     dense: Call
     parts: list[Call]
-    unwritten: tuple[torch.Tensor, torch.Tensor]
+    unwritten: tuple[torch.Tensor, torch.Tensor] | None
     fused: Fused | None = None
 
     @property
@@ -230,14 +233,19 @@ def make_plan(batch: Batch, requests: list[Request], room: int, grid: Grid | Non
             parts.append(_shared_call(upload, batch, requests, slab))
         for slab in _slabs([] if as_one else later, room):
             parts.append(_tiled_call(upload, batch, requests, tiles, slab))
-    width = batch.window_table.shape[1]
-    last = [(r.index * width + (r.length - 1) // batch.window_block, -r.length % batch.window_block) for r in requests]
-    blocks = upload.add(np.repeat([place for place, _ in last], [n for _, n in last]))
-    offsets = upload.add(np.concatenate([np.arange(batch.window_block - n, batch.window_block) for _, n in last]))
+    unwritten = (lambda get: None) if as_one else _unwritten(upload, batch, requests)
 
     get = upload.send(batch.seq_lens.device)
-    unwritten = _look_up(batch.window_table, get(blocks)).long(), get(offsets).long()
-    return Plan(dense(get), [part(get) for part in parts], unwritten, fused and fused(get))
+    return Plan(dense(get), [part(get) for part in parts], unwritten(get), fused and fused(get))
+
+
+def _unwritten(upload: _Upload, batch: Batch, requests: list[Request]) -> Callable[[Callable], tuple]:
+    """Upload what `Plan.unwritten` has; what is returned makes it of the uploaded tensors."""
+    width, n = batch.window_table.shape[1], batch.window_block
+    last = [(r.index * width + (r.length - 1) // n, -r.length % n) for r in requests]
+    blocks = upload.add(np.repeat([place for place, _ in last], [free for _, free in last]))
+    offsets = upload.add(np.concatenate([np.arange(n - free, n) for _, free in last]))
+    return lambda get: (_look_up(batch.window_table, get(blocks)).long(), get(offsets).long())
 
 
 def page_tiles(requests: list[Request], rule: ReadRule, queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,6 +296,7 @@ def _call(
     pages: np.ndarray | None = None,
     page_table: torch.Tensor | None = None,
     blocks: np.ndarray | None = None,
+    tokens: np.ndarray | None = None,
 ) -> Callable[[Callable], Call]:
     """Upload a call's arrays; what is returned makes the call of the uploaded tensors.
 
@@ -301,8 +310,8 @@ def _call(
         If given, ``blocks``, or else ``table``, has places of this block table, not blocks.
     pages : ndarray or None
         Places of ``page_table`` of the pages to expand.
-    blocks : ndarray or None
-        Of the window, to be copied.
+    blocks, tokens : ndarray or None
+        Of the window, to be copied; and how many tokens they have.
     """
     lo, hi = sequences[0][0], sequences[-1][0] + sequences[-1][1]
     starts, given = _without_gaps(sequences, lo)
@@ -317,7 +326,7 @@ def _call(
         rows = np.zeros((len(keys), table.shape[1]), np.int64)
         rows[given] = table
         places |= {"keys": upload.add(keys), "table": upload.add(rows)}
-    for name, array in (("pages", pages), ("blocks", blocks)):
+    for name, array in (("pages", pages), ("blocks", blocks), ("tokens", tokens)):
         if array is not None:
             places[name] = upload.add(array)
 
@@ -374,7 +383,7 @@ def _stairs_pages(requests, later) -> int:
 def _stairs_call(upload: _Upload, batch: Batch, requests, tiles, later) -> Callable[[Callable], Call]:
     """Each tile over the pages that it, but not all of its request, reads, and over its dense tokens behind them."""
     per_page, width = PAGE_TOKENS // batch.window_block, batch.window_table.shape[1]
-    sequences, table, blocks, at = [], [], [], 0
+    sequences, table, blocks, tokens, at = [], [], [], [], 0
     dense_at = sum(last - first for _, first, last in later)  # dense pages lie behind all expanded ones
     for request, mine, (_, first, last) in zip(requests, tiles, later):
         end = _end_page(request)
@@ -383,14 +392,16 @@ def _stairs_call(upload: _Upload, batch: Batch, requests, tiles, later) -> Calla
             sequences.append((request.first_row + tile.row, tile.queries, keys - first * PAGE_TOKENS))
             dense = np.arange(border, (keys - 1) // PAGE_TOKENS + 1) - first
             table.append(np.concatenate((at + np.arange(border - first), dense_at + dense)))
-        # Behind the last block that has tokens that one again: its rows can be read.
-        of_request = np.minimum(np.arange(first * per_page, end * per_page), (request.length - 1) // batch.window_block)
-        blocks.append(request.index * width + of_request)
+        # The last page's blocks behind the last token need not exist: none of their rows counts.
+        of_request = np.arange(first * per_page, end * per_page)
+        tokens.append(np.clip(request.length - of_request * batch.window_block, 0, batch.window_block))
+        blocks.append(request.index * width + np.minimum(of_request, (request.length - 1) // batch.window_block))
         at, dense_at = at + last - first, dense_at + end - first
     widest = max(map(len, table))
     table = np.stack([np.pad(row, (0, widest - len(row)), mode="edge") for row in table])
     pages = _pages_of(later, batch, requests)
-    return _call(upload, sequences, table, batch.window_table, pages, batch.page_table, np.concatenate(blocks))
+    window = np.concatenate(blocks), np.concatenate(tokens)
+    return _call(upload, sequences, table, batch.window_table, pages, batch.page_table, *window)
 
 
 def _slabs(spans: list[tuple[int, int, int]], slab_pages: int) -> Iterable[list[tuple[int, int, int]]]:

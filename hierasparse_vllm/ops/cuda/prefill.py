@@ -32,7 +32,7 @@ def attend(
     query, out : Tensor [rows, heads, D]
     window : Tensor [blocks, H, window_block, 2 D]
     expand : callable
-        ``expand(ids, k, v)`` writes the dense rows of pages.
+        ``expand(ids, k, v, [blocks, tokens])`` writes the dense rows of pages and window blocks: `library.expand`.
     workspace : tuple of Tensor
         Room for dense K and V [pages, 256, H, D] of older pages.
     fused : callable
@@ -46,10 +46,11 @@ def attend(
     """
     d = query.shape[2]
     keys, values = window[..., :d].transpose(1, 2), window[..., d:].transpose(1, 2)
-    # Slots without a token hold any bytes, perhaps NaN, and FlashAttention-3 multiplies those of a sequence's last
-    # block with weights of zero.
-    block, offset = plan.unwritten
-    values[block, offset] = values.new_zeros(())  # on the device: a Python zero would be copied, and waited for
+    if plan.unwritten is not None:
+        # Slots without a token hold any bytes, perhaps NaN, and FlashAttention-3 multiplies those of a sequence's last
+        # block with weights of zero.
+        block, offset = plan.unwritten
+        values[block, offset] = values.new_zeros(())  # on the device: a Python zero would be copied, and waited for
 
     def run(call: Call, k, v, causal, into=None):
         # Left to itself (0), FlashAttention-3 thinks of the longest sequence alone: it would split the keys of many
@@ -159,11 +160,7 @@ def side_by_side(call: Call, window, expand) -> tuple[torch.Tensor, torch.Tensor
     (_, heads, window_block, width), n = window.shape, len(call.pages)
     end = n + len(call.blocks) * window_block // PAGE_TOKENS
     k, v = dense_pages(window.new_empty(end * PAGE_TOKENS * heads * width), end, heads, width // 2)
-    expand(call.pages, k[:n], v[:n])
-    wide = torch.complex128  # copies 16 bytes at a time
-    for to, rows in zip((k, v), window.transpose(0, 1).view(wide).chunk(2, dim=-1)):
-        of_head = to[n:].permute(2, 0, 1, 3).flatten(1, 2).unflatten(1, (-1, window_block))
-        torch.index_select(rows, 1, call.blocks, out=of_head.view(wide))
+    expand(call.pages, k, v, call.blocks, call.tokens)
     return k, v
 
 
