@@ -107,11 +107,17 @@ def test_flat_and_steep_scores(cases, amplitude, dtype, kernel):
         assert (out[rows.cuda()].float() - want).abs().max() <= 2e-2 * want.abs().max() + 1e-6
 
 
-def test_repeated_runs_give_the_same_bits(cases, kernel):
-    case = cases.make_case([5000, 1, 900], [800, 1, 900], seed=2, axis="token")
-    first = attend(case, kernel=kernel)[:1701]
+@pytest.mark.parametrize(
+    "lengths, queries", [([5000, 1, 900], [800, 1, 900]), ([9000, 7000, 5000, 900], [1, 3, 800, 700])],
+    ids=["a decode between prefills", "decodes before them, which run beside"],
+)  # fmt: skip
+def test_repeated_runs_give_the_same_bits(cases, lengths, queries, kernel):
+    case = cases.make_case(lengths, queries, seed=2, axis="token")
+    rows = sum(queries)
+    first = attend(case, kernel=kernel)[:rows]
+    check(case, first)
     for _ in range(10):
-        assert torch.equal(attend(case, kernel=kernel)[:1701], first)
+        assert torch.equal(attend(case, kernel=kernel)[:rows], first)
 
 
 def test_page_ids_beyond_32_bit_offsets(cases, kernel):
