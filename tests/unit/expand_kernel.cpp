@@ -1,45 +1,18 @@
 // Runs the expand kernel of csrc/expand on a CPU: a thread of the machine for each thread of a CTA.
 // expand_kernel FOLDER D H SPARSE_K SPARSE_V SINKS MEAN TOKEN_AXIS BFLOAT16 BLOCKS COUNT WINDOW_BLOCKS WINDOW_COUNT
 // reads FOLDER/pool, ids, order, window, blocks and tokens, and writes FOLDER/k and v.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <vector_functions.h>
-#include <vector_types.h>
-
-#include <barrier>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <fstream>
-#include <memory>
-#include <string>
-#include <thread>
-#include <vector>
-
-// ---- what CUDA gives a kernel
-static thread_local uint3 this_thread;
-static thread_local dim3 this_block;
-#define threadIdx this_thread
-#define blockIdx this_block
-#undef __shared__
-#define __shared__ static
-#undef __launch_bounds__
-#define __launch_bounds__(threads)
-#undef __global__
-#define __global__
+#include "threads_on_cpu.h"
 
 constexpr int kCta = 128;
 static std::barrier<> cta(kCta);
-static std::unique_ptr<std::barrier<>> warps[kCta / 32];
 static uint32_t exchanged[kCta];
 
 static void __syncthreads() { cta.arrive_and_wait(); }
 static uint32_t __shfl_sync(unsigned, uint32_t value, int source) {
-  const unsigned warp = threadIdx.x / 32;
   exchanged[threadIdx.x] = value;
-  warps[warp]->arrive_and_wait();
-  const uint32_t got = exchanged[32 * warp + source];
-  warps[warp]->arrive_and_wait();
+  __syncwarp();
+  const uint32_t got = exchanged[threadIdx.x / 32 * 32 + source];
+  __syncwarp();
   return got;
 }
 template <typename T>
@@ -61,14 +34,6 @@ static float __uint_as_float(uint32_t bits) {
 #include "../../csrc/expand/kernel.cuh"
 
 using namespace hierasparse;
-
-static std::vector<char> read(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-static void write(const std::string& path, const std::vector<char>& bytes) {
-  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-}
 
 template <typename T>
 static void run(const ExpandParams& p) {
@@ -109,19 +74,13 @@ int main(int, char** args) {
   p.token_stride = p.head_stride * heads;
   p.page_stride = p.token_stride * kPageTokens;
   p.k_order = reinterpret_cast<const int32_t*>(order.data());
-  for (auto& warp : warps) warp = std::make_unique<std::barrier<>>(32);
-  std::vector<std::thread> threads;
-  for (unsigned t = 0; t < kCta; ++t) {
-    threads.emplace_back([&, t] {
-      threadIdx.x = t;
-      for (int block = 0; block < heads * (count * expand::kParts + block_count * kWindowBlock / kSubTokens); ++block) {
-        blockIdx.x = block;
-        __syncthreads();  // the last block's shared memory is no longer read
-        n[7] ? run<__nv_bfloat16>(p) : run<__half>(p);
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  run_threads(kCta, [&] {
+    for (int block = 0; block < heads * (count * expand::kParts + block_count * kWindowBlock / kSubTokens); ++block) {
+      blockIdx.x = block;
+      __syncthreads();  // the last block's shared memory is no longer read
+      n[7] ? run<__nv_bfloat16>(p) : run<__half>(p);
+    }
+  });
   write(folder + "k", k);
   write(folder + "v", v);
 }

@@ -1,4 +1,5 @@
-"""The CUDA kernel that expands pages, run on the CPU (expand_kernel.cpp), writes the bits that the reference has."""
+"""The CUDA kernels of csrc/expand, run on the CPU (expand_kernel.cpp, merge_kernel.cpp): rows have the bits that the
+reference has, and parts merge to one softmax."""
 
 import shutil
 import subprocess
@@ -12,20 +13,29 @@ from policies import layer_policy
 from hierasparse_vllm.ops.reference import codec
 from hierasparse_vllm.page import PageLayout
 
-SOURCE = Path(__file__).parent / "expand_kernel.cpp"
+HERE = Path(__file__).parent
 HEADERS = next((p for p in sorted(Path("/usr/local").glob("cuda*/include")) if (p / "cuda_bf16.h").exists()), None)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    """The compiled program."""
+def compiled(name, folder):
+    """The compiled program of that name."""
     if shutil.which("g++") is None or HEADERS is None:
         pytest.skip("needs g++ and the headers of the CUDA toolkit")
-    out = tmp_path_factory.mktemp("kernel") / "expand"
-    command = ["g++", "-std=c++20", "-O1", "-w", f"-I{HEADERS}", str(SOURCE), "-o", str(out), "-pthread"]
+    source, out = HERE / f"{name}_kernel.cpp", folder / name
+    command = ["g++", "-std=c++20", "-O1", "-w", f"-I{HEADERS}", str(source), "-o", str(out), "-pthread"]
     subprocess.run(command, check=True)
     return out
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    return compiled("expand", tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture(scope="module")
+def merge_kernel(tmp_path_factory):
+    return compiled("merge", tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.mark.parametrize(
@@ -62,3 +72,43 @@ def test_rows_have_the_bits_of_the_reference(kernel, tmp_path, d, sparse, axis, 
         got = torch.from_numpy(np.fromfile(tmp_path / name, np.int16)).view(-1, heads, d)
         want = torch.cat((want.transpose(1, 2).flatten(0, 1), dense.flatten(0, 1)))
         assert torch.equal(got, want.contiguous().view(torch.int16)), name
+
+
+@pytest.mark.parametrize("d, heads", [(64, 9), (128, 3), (256, 2)])
+@pytest.mark.parametrize("parts, wide", [(1, ""), (3, ""), (8, ""), (1, "out"), (1, "part"), (5, "out")])
+def test_parts_merge_to_one_softmax(merge_kernel, tmp_path, d, heads, parts, wide):
+    """As in float64; of each row some parts, or all, have nothing, and some rows are skipped."""
+    dtype = FP16 if d == 64 else BF16
+    g = torch.Generator().manual_seed(d + parts)
+    n, every = 11, 14
+    types = [torch.float32 if wide == side else dtype for side in ("out", "part")]
+    out, part = (torch.randn(s, generator=g).to(t) for s, t in zip(((every, heads, d), (parts, n, heads, d)), types))
+    out_lse, part_lse = torch.randn(heads, every, generator=g) * 5, torch.randn(parts, heads, n, generator=g) * 5
+    for lse in (out_lse, part_lse):
+        lse[torch.rand(lse.shape, generator=g) < 0.3] = -torch.inf
+    part_lse[:, :, 3], out_lse[:, 6] = -torch.inf, 1e4
+    out[(out_lse == -torch.inf).t()] = torch.nan
+    part[(part_lse == -torch.inf).transpose(1, 2)] = torch.nan
+    rows = torch.arange(n, dtype=torch.int32) + 2
+    rows[7::3] = -1
+    arrays = {"out": out, "out_lse": out_lse, "part": part, "part_lse": part_lse, "rows": rows}
+    for name, x in arrays.items():
+        (x.view(torch.int16) if x.dtype == BF16 else x).numpy().tofile(tmp_path / name)
+    numbers = (d, heads, every, parts, n, wide == "out", wide == "part", dtype == BF16)
+    subprocess.run([merge_kernel, tmp_path, *(str(int(x)) for x in numbers)], check=True)
+    got, got_lse = (torch.from_numpy(np.fromfile(tmp_path / x, np.uint8)) for x in ("out", "out_lse"))
+    got, got_lse = got.view(out.dtype).view(out.shape), got_lse.view(torch.float32).view(out_lse.shape)
+
+    mine = rows >= 0
+    where = rows[mine].long()
+    lse = torch.cat((out_lse[None, :, where], part_lse[:, :, mine])).double()
+    values = torch.cat((out[None, where].double(), part[:, mine].double())).nan_to_num(0)
+    weight = lse.softmax(0).nan_to_num(0).transpose(1, 2)[..., None]
+    want, want_lse = (weight * values).sum(0), lse.logsumexp(0).float()
+    changed = (part_lse[:, :, mine] != -torch.inf).any(0)
+    torch.testing.assert_close(got_lse[:, where], want_lse)
+    error = (got[where].double() - want).abs()[changed.t()]
+    assert (error <= 1e-5 + 2**-8 * want.abs()[changed.t()]).all()
+    same = torch.ones(every, heads, dtype=torch.bool)
+    same[where] = ~changed.t()
+    assert torch.equal(got.view(torch.uint8)[same], out.view(torch.uint8)[same]), "nothing else is written"
