@@ -6,7 +6,7 @@ something behind that makes other kernels draw more.
     python benchmarks/power.py behind    # one product of matrices, again and again, behind a launch of each kernel
 
 Shapes are those of Llama-3.1-8B and chunks of 8,192 tokens.  At the power limit, energy is time: what takes longer in a
-mix than in its parts drew more there.  Half a minute each on an H200.
+mix than in its parts drew more there.  A minute at most on an H200.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from meters import Meter, over_and_over, yardstick
 from hierasparse_vllm.bench import cases, kernels, rivals
 from hierasparse_vllm.bench.caches import Caches
 from hierasparse_vllm.bench.timing import Run
+from hierasparse_vllm.ops.cuda import prefill
 
 ROWS = 8192
 LAYER = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 """Depth and columns of a layer's products."""
-CONTEXTS = 8192, 65536
+CONTEXTS = 8192, 65536, 106496
 STOCK_PAGE, OUR_PAGE = 16, 256
 """Tokens per page: vLLM's default, and what `expand` gives FlashAttention."""
 SETTLE, SECONDS = 0.4, 1.0
@@ -44,6 +45,13 @@ BEHIND = {
     "decode, V along tokens": "decode-b8-s32768",
 }
 """Kernels, and a case that launches each."""
+
+
+class InTurn(prefill.Beside):
+    """No second stream: what it is worth."""
+
+    def run(self, function):
+        return function()
 
 
 def products(device: torch.device) -> Run:
@@ -83,7 +91,15 @@ def layer(device: torch.device) -> None:
             storing.run(storing.steps[0])
             caches.run(caches.steps[0])
 
-        for name, run in (runs | {"ours: store, compress, attend": ours}).items():
+        def in_turn() -> None:
+            beside, prefill.Beside = prefill.Beside, InTurn
+            try:
+                ours()
+            finally:
+                prefill.Beside = beside
+
+        runs |= {"ours: store, compress, attend": ours, "ours, on one stream": in_turn}
+        for name, run in runs.items():
             measure(f"{tokens:6} tokens: {name}", run)
             measure(f"{tokens:6} tokens: products and that", lambda run=run: (multiply(), run()))
 
