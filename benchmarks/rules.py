@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ VALUES = [
     ("tokens", Rule("tokens"), SKIP),
     ("tokens, sink", Rule("tokens", **SINK), ASK),
     ("tokens, sums kept, sink", Rule("token_sums", **SINK), ASK),
+    ("tokens by share, norm 0.5, sink", Rule("token_shares", norm=0.5, **SINK), SKIP),
+    ("both ways, norm 0.5, sink", Rule("both_ways", norm=0.5, **SINK), SKIP),
+    ("both ways, sums kept, sink", Rule("both_ways_sums", **SINK), SKIP),
     ("tokens, sums kept, mean of 64, sink", Rule("token_sums", mean=64, **SINK), SKIP),
     ("unstructured 50 %", HALF, SKIP),
 ]
@@ -285,6 +289,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if not 0 < args.first < args.length:
         raise ValueError(f"--first is {args.first}; it must lie between 1 and --length - 1")
+    chosen = [
+        (suite, *setting) for suite, settings in SUITES.items() for setting in settings
+        if args.suite in (suite, "all") and any(fnmatch(setting[0], glob) for glob in args.only)
+    ]  # fmt: skip
+    if not chosen and args.suite in SUITES:
+        names = ", ".join(setting[0] for setting in SUITES[args.suite])
+        raise ValueError(f"--only {' '.join(args.only)}: the suite {args.suite!r} has no such setting, only {names}")
     if args.texts < 1 or args.passkey < 0:
         raise ValueError("--texts must be at least 1 and --passkey at least 0")
     if not Path(args.model, "config.json").is_file():
@@ -309,10 +320,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     show("loss and KL above dense", "loss", "KL", f"of {len(questions)}", "NLL", "s")
     show("dense", "0", "0", passkey, nll, "")
     rows, alone = [], None
-    for suite, settings in SUITES.items():
-        for name, key, value, ask in settings if args.suite in (suite, "all") else []:
-            row = bench.row(suite, name, applied(calibration, [(key, value)] * model.layers), ask)
-            rows.append(row | {"key": differs(key), "value": differs(value)})
+    for suite, name, key, value, ask in chosen:
+        row = bench.row(suite, name, applied(calibration, [(key, value)] * model.layers), ask)
+        rows.append(row | {"key": differs(key), "value": differs(value)})
     if args.suite in ("layers", "all"):
         alone = ablation(bench, calibration, ids[calibrating[0][0]])
         for total in SPLITS:
@@ -337,6 +347,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Llama: config, tokenizer, safetensors")
     parser.add_argument("--suite", choices=(*SUITES, "layers", "all"), default="all")
+    parser.add_argument("--only", metavar="GLOB", nargs="+", default=["*"], help="settings whose name matches")
     parser.add_argument("--texts", type=int, default=4, help="evaluation texts")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a text")
     parser.add_argument("--first", type=int, default=2048, help="first position whose loss counts")

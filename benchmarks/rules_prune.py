@@ -288,9 +288,31 @@ def token_sums(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
     """`tokens`, with the kept two scaled (by 1/2 to 2) to the sum of the four: attention that hardly differs between
     neighbours reads the same value."""
     y, loss = tokens(x, rule, tables)
-    whole, kept = (z.unflatten(2, (-1, 4)).sum(3, keepdim=True) for z in (x, y))
-    scale = torch.where(kept.abs() > 1e-6, whole / kept, 1.0).clamp(0.5, 2.0)
-    return (y.unflatten(2, (-1, 4)) * scale).flatten(2, 3), loss
+    return keep_sums(x, y), loss
+
+
+def token_shares(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
+    """`tokens` by magnitude over the token's norm, so that a small token does not lose all of its channels to the large
+    ones beside it."""
+    keep = two_of_four((x / x.norm(dim=-1, keepdim=True)).abs().transpose(2, 3)).transpose(2, 3)
+    return x * keep, (x.abs() * ~keep).sum(-1)
+
+
+def both_ways(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
+    """2:4 along tokens and along channels: of each 4 x 4 block eight values, two in each row and column; those with the
+    largest sum of squares (transposable masks, arXiv 2102.08124)."""
+    masks = [m for m in itertools.product(PAIRS, repeat=4) if all(sum(c in row for row in m) == 2 for c in range(4))]
+    bits = torch.tensor([[c in row for row in m for c in range(4)] for m in masks], dtype=x.dtype, device=x.device)
+    blocks = x.square().unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).transpose(3, 4)  # [n, H, 64, D / 4, 4, 4]
+    best = bits[(blocks.flatten(4) @ bits.t()).argmax(-1)].view(blocks.shape)
+    keep = best.transpose(3, 4).flatten(4).flatten(2, 3).bool()
+    return x * keep, (x.abs() * ~keep).sum(-1)
+
+
+def both_ways_sums(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
+    """`both_ways`, scaled as `token_sums` are."""
+    y, loss = both_ways(x, rule, tables)
+    return keep_sums(x, y), loss
 
 
 def unstructured(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
@@ -301,7 +323,10 @@ def unstructured(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
 
 CHOICES: dict[str, Callable[[Tensor, Rule, Tables], Pruned]] = {
     f.__name__: f
-    for f in (magnitude, group_fit, compensated, support_fit, rotated, tokens, token_sums, unstructured)
+    for f in (
+        magnitude, group_fit, compensated, support_fit, rotated, tokens, token_sums, token_shares, both_ways,
+        both_ways_sums, unstructured,
+    )
 }  # fmt: skip
 
 
@@ -318,6 +343,13 @@ def dense_subs(x: Tensor, y: Tensor, loss: Tensor, sparse: int) -> Tensor:
     """Only the ``sparse`` sub-blocks of 64 tokens that lose least are pruned: HieraSparse's second level."""
     rank = loss.unflatten(2, (SUBS, SUB_TOKENS)).sum(-1).argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
     return torch.where((rank < sparse).repeat_interleave(SUB_TOKENS, 2)[..., None], y, x)
+
+
+def keep_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Scale the kept values of each four tokens of a channel, by 1/2 to 2, to the sum of the four."""
+    whole, kept = (z.unflatten(2, (-1, 4)).sum(3, keepdim=True) for z in (x, y))
+    scale = torch.where(kept.abs() > 1e-6, whole / kept, 1.0).clamp(0.5, 2.0)
+    return (y.unflatten(2, (-1, 4)) * scale).flatten(2, 3)
 
 
 def keep_norm(x: Tensor, y: Tensor, weight: Tensor | None, exponent: float) -> Tensor:

@@ -242,6 +242,7 @@ def test_command_writes_what_it_prints(folder, tokenizer, tmp_path, monkeypatch,
         (["--first", "600", "--length", "600"], "--first is 600"),
         (["--length", "4000"], "the model reads 2048 tokens"),
         (["--texts", "0"], "--texts must be"),
+        (["--suite", "keys", "--only", "nothing"], "--only nothing: the suite 'keys' has no such setting"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )
