@@ -90,7 +90,7 @@ def attend(
 class Beside:
     """A second stream, for kernels that shall take the SMs which the last wave of a long one leaves idle.
 
-    A kernel with more CTAs than fit keeps all SMs until its last wave, so what is launched there behind it runs then.
+    A kernel that fills the GPU keeps all SMs until its last wave, so what is launched there behind it runs then.
     What `run` launches waits for what was launched here before `begin`; what is launched here after `end` waits for it.
     """
 
