@@ -69,8 +69,12 @@ def attend(
             k, v = side_by_side(plan.dense, window, expand)
         return run(plan.dense, k, v, True, mine)[1]
 
-    rows, beside, merge_older = plan.dense.rows, Beside(out.device), None
+    rows = plan.dense.rows
     mine = out[rows]
+    if plan.fused is None and not plan.parts and decode is None:
+        attend_dense()
+        return
+    beside, merge_older = Beside(out.device), None
     if plan.fused is not None:
         merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
     elif plan.parts:
