@@ -202,6 +202,11 @@ def largest(score: Tensor, count: int) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, index, True)
 
 
+def only(x: Tensor, keep: Tensor) -> Pruned:
+    """The kept values, and the magnitudes that each token lost."""
+    return x * keep, (x.abs() * ~keep).sum(-1)
+
+
 # ---- choices: (x, rule, tables) to pruned x and losses --------------------------------------------------------------
 def magnitude(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
     """Two of each four channels, by magnitude (HieraSparse, arXiv 2604.16864) times a weight.  With the RMS of the
@@ -281,7 +286,7 @@ def tokens(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
     """Two of each four tokens of a channel: what sparse tensor cores need of V, and the paper's rule for it."""
     columns = x.transpose(2, 3)
     keep = two_of_four(columns.abs()).transpose(2, 3)
-    return x * keep, (x.abs() * ~keep).sum(-1)
+    return only(x, keep)
 
 
 def token_sums(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
@@ -295,7 +300,7 @@ def token_shares(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
     """`tokens` by magnitude over the token's norm, so that a small token does not lose all of its channels to the large
     ones beside it."""
     keep = two_of_four((x / x.norm(dim=-1, keepdim=True)).abs().transpose(2, 3)).transpose(2, 3)
-    return x * keep, (x.abs() * ~keep).sum(-1)
+    return only(x, keep)
 
 
 def both_ways(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
@@ -306,7 +311,7 @@ def both_ways(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
     blocks = x.square().unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).transpose(3, 4)  # [n, H, 64, D / 4, 4, 4]
     best = bits[(blocks.flatten(4) @ bits.t()).argmax(-1)].view(blocks.shape)
     keep = best.transpose(3, 4).flatten(4).flatten(2, 3).bool()
-    return x * keep, (x.abs() * ~keep).sum(-1)
+    return only(x, keep)
 
 
 def both_ways_sums(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
@@ -318,7 +323,7 @@ def both_ways_sums(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
 def unstructured(x: Tensor, rule: Rule, tables: Tables) -> Pruned:
     """Mustafar (arXiv 2505.22913): of each token the largest channels stay, wherever they are.  Needs a bitmap."""
     keep = largest(x.abs(), round(x.shape[-1] * (1 - rule.dropped)))
-    return x * keep, (x.abs() * ~keep).sum(-1)
+    return only(x, keep)
 
 
 CHOICES: dict[str, Callable[[Tensor, Rule, Tables], Pruned]] = {

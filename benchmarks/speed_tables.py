@@ -33,10 +33,11 @@ def times(ratio: float) -> str:
 
 def goal(target: float | None, row: dict[str, Any]) -> str:
     """A row's target, and whether it is missed; by how little, if rounding would hide it."""
-    if target is None or row["ratio"] >= target:
-        return "" if target is None else times(target)
-    hidden = times(row["ratio"]) == times(target)
-    return f"{times(target)}, missed" + f" ({row['ratio']:.3f})" * hidden
+    if target is None:
+        return ""
+    missed = row["ratio"] < target
+    hidden = missed and times(row["ratio"]) == times(target)
+    return times(target) + ", missed" * missed + f" ({row['ratio']:.3f})" * hidden
 
 
 def place(rows: list[dict[str, Any]]) -> str:

@@ -27,11 +27,7 @@ void launch_merge(const MergeParams& params, cudaStream_t stream) {
     throw std::runtime_error("HieraSparse: merge takes head sizes 64, 128 and 256.");
   }
   const cudaError_t error = with_dtype(params.dtype, [&](auto dtype) {
-    using T = typename decltype(dtype)::type;
-    const bool floats = params.out_float || params.part_float;
-    const auto kernel = floats              ? merge::merge_rows<T, true, 4>
-                        : params.parts == 1 ? merge::merge_rows<T, false, 2>
-                                            : merge::merge_rows<T, false, 4>;
+    const auto kernel = merge::kernel_for<typename decltype(dtype)::type>(params);
     kernel<<<params.count, merge::kThreads, 0, stream>>>(params);
     return cudaGetLastError();
   });

@@ -52,7 +52,9 @@ __device__ __forceinline__ void store(uint8_t* to, const float (&from)[kValues],
 // already, the first source, and the parts are loaded kBatch at a time, beside the log-sum-exps that tell whether they
 // count: one wait for memory instead of two for each.  kFloats: `out` or `part` are float32.
 template <typename T, bool kFloats, int kBatch>
-__global__ void __launch_bounds__(kThreads, kFloats ? 3 : kBatch == 2 ? 6 : 4) merge_rows(const MergeParams p) {
+__global__ void __launch_bounds__(kThreads, kFloats       ? 3
+                                            : kBatch == 2 ? 6
+                                                          : 4) merge_rows(const MergeParams p) {
   const int row = blockIdx.x, to = p.rows ? p.rows[row] : row;
   if (to < 0) return;
   const int per_head = p.head_size / kValues, items = p.heads * per_head, log2 = 31 - __clz(per_head);
@@ -111,6 +113,13 @@ __global__ void __launch_bounds__(kThreads, kFloats ? 3 : kBatch == 2 ? 6 : 4) m
     store<T>(out, total, out_float);
     if (item % per_head == 0) *out_lse = most + logf(sum);
   }
+}
+
+// The one that serves a merge with the fewest registers.
+template <typename T>
+auto kernel_for(const MergeParams& p) {
+  if (p.out_float || p.part_float) return merge_rows<T, true, 4>;
+  return p.parts == 1 ? merge_rows<T, false, 2> : merge_rows<T, false, 4>;
 }
 
 }  // namespace hierasparse::merge

@@ -9,12 +9,6 @@
 
 using namespace hierasparse;
 
-template <typename T>
-static void run(const MergeParams& p) {
-  if (p.out_float || p.part_float) return merge::merge_rows<T, true, 4>(p);
-  p.parts == 1 ? merge::merge_rows<T, false, 2>(p) : merge::merge_rows<T, false, 4>(p);
-}
-
 int main(int, char** args) {
   const std::string folder = std::string(args[1]) + "/";
   int n[8];
@@ -30,10 +24,11 @@ int main(int, char** args) {
   p.parts_stride = p.part_stride * count;
   p.out_lse_stride = all, p.part_lse_stride = count, p.parts_lse_stride = int64_t{heads} * count;
   p.rows = rows.empty() ? nullptr : reinterpret_cast<const int32_t*>(rows.data());
+  const auto kernel = bfloat16 ? merge::kernel_for<__nv_bfloat16>(p) : merge::kernel_for<__half>(p);
   run_threads(merge::kThreads, [&] {
     for (int row = 0; row < count; ++row) {
       blockIdx.x = row;
-      bfloat16 ? run<__nv_bfloat16>(p) : run<__half>(p);
+      kernel(p);
     }
   });
   write(folder + "out", out);

@@ -111,12 +111,13 @@ def test_masks_of_both_ways_are_the_best_there_are():
     y, _ = rules_prune.both_ways(x, Rule(), Tables(order_of("natural")))
     kept = (y != 0).view(1, HEADS, TOKENS // 4, 4, D // 4, 4).transpose(3, 4)
     assert (kept.sum(-1) == 2).all() and (kept.sum(-2) == 2).all()
-    rows = list(itertools.product(itertools.combinations(range(4), 2), repeat=4))
+    rows = itertools.product(itertools.combinations(range(4), 2), repeat=4)
+    masks = [m for m in rows if all(sum(i in pair for pair in m) == 2 for i in range(4))]
+    assert len(masks) == 90
     for head, t, c in itertools.product(range(HEADS), (0, 7), range(D // 4)):
         block = x[0, head, 4 * t : 4 * t + 4, 4 * c : 4 * c + 4].square()
-        masks = [m for m in rows if all(sum(i in pair for pair in m) == 2 for i in range(4))]
         best = max(sum(block[i, list(pair)].sum().item() for i, pair in enumerate(m)) for m in masks)
-        assert len(masks) == 90 and block[kept[0, head, t, c]].sum().item() == pytest.approx(best, rel=1e-5)
+        assert block[kept[0, head, t, c]].sum().item() == pytest.approx(best, rel=1e-5)
 
 
 def test_shares_choose_among_tokens_of_one_norm():
