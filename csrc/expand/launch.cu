@@ -26,9 +26,11 @@ void launch_merge(const MergeParams& params, cudaStream_t stream) {
   if (params.head_size != 64 && params.head_size != 128 && params.head_size != 256) {
     throw std::runtime_error("HieraSparse: merge takes head sizes 64, 128 and 256.");
   }
+  const int64_t ctas = int64_t{params.count} * merge::ctas_of_row(params);
+  if (ctas > INT32_MAX) throw std::runtime_error("HieraSparse: merge got more rows than fit into one launch.");
   const cudaError_t error = with_dtype(params.dtype, [&](auto dtype) {
     const auto kernel = merge::kernel_for<typename decltype(dtype)::type>(params);
-    kernel<<<params.count, merge::kThreads, 0, stream>>>(params);
+    kernel<<<static_cast<unsigned>(ctas), merge::kThreads, 0, stream>>>(params);
     return cudaGetLastError();
   });
   check_launched(error, "merge");

@@ -48,78 +48,91 @@ __device__ __forceinline__ void store(uint8_t* to, const float (&from)[kValues],
   }
 }
 
-// A CTA takes one row of all heads; head_size / 8 neighbouring threads, all of one warp, have one head.  What is there
-// already, the first source, and the parts are loaded kBatch at a time, beside the log-sum-exps that tell whether they
-// count: one wait for memory instead of two for each.  kFloats: `out` or `part` are float32.
-template <typename T, bool kFloats, int kBatch>
-__global__ void __launch_bounds__(kThreads, kFloats       ? 3
-                                            : kBatch == 2 ? 6
-                                                          : 4) merge_rows(const MergeParams p) {
-  const int row = blockIdx.x, to = p.rows ? p.rows[row] : row;
+HS_HD inline int ctas_of_row(const MergeParams& p) {
+  return (p.heads * (p.head_size / kValues) + kThreads - 1) / kThreads;
+}
+
+// A CTA takes a row's next kThreads items of eight values; head_size / 8 neighbouring threads, all of one warp, have
+// one head.  What is there already, the first source, and the parts are loaded kBatch at a time, beside the
+// log-sum-exps that tell whether they count: one wait for memory instead of two for each.  kFloats: `out` or `part` are
+// float32.  kOnce: one batch has all.  Instructions count: at the clock of a prefill, 300 per thread take longer than
+// the memory does.
+template <typename T, bool kFloats, bool kOnce, int kBatch>
+__global__ void __launch_bounds__(kThreads, kBatch == 2   ? 5
+                                            : kBatch == 3 ? 4
+                                                          : 3) merge_rows(const MergeParams p) {
+  // A row's CTAs come one after the other: rows half a launch apart, or in turn by one CTA, cost 15 per cent more.
+  const int share = ctas_of_row(p), row = blockIdx.x / share, to = p.rows ? p.rows[row] : row;
   if (to < 0) return;
   const int per_head = p.head_size / kValues, items = p.heads * per_head, log2 = 31 - __clz(per_head);
   const bool out_float = kFloats && p.out_float, part_float = kFloats && p.part_float;
   uint8_t* const out_row = static_cast<uint8_t*>(p.out) + to * p.out_stride;
   const uint8_t* const part_row = static_cast<const uint8_t*>(p.part) + row * p.part_stride;
-  for (int first = 0; first < items; first += kThreads) {
-    const int item = first + threadIdx.x, head = item >> log2;
-    const bool inside = item < items;
-    float* const out_lse = p.out_lse + head * p.out_lse_stride + to;
-    const float* const part_lse = p.part_lse + head * p.part_lse_stride + row;
-    uint8_t* const out = out_row + item * kValues * (out_float ? 4 : 2);
-    const uint8_t* const part = part_row + item * kValues * (part_float ? 4 : 2);
-    float most = -INFINITY, sum = 0.f, total[kValues] = {};
-    bool any = false;  // part counts
-    for (int source = 0; source <= p.parts; source += kBatch) {
-      Raw<kFloats> raw[kBatch];
-      float lse[kBatch];
+  const int item = blockIdx.x % share * kThreads + threadIdx.x, head = item >> log2;
+  const bool inside = item < items;
+  float* const out_lse = p.out_lse + head * p.out_lse_stride + to;
+  const float* const part_lse = p.part_lse + head * p.part_lse_stride + row;
+  uint8_t* const out = out_row + item * kValues * (out_float ? 4 : 2);
+  const uint8_t* const part = part_row + item * kValues * (part_float ? 4 : 2);
+  float most = -INFINITY, sum = 0.f, total[kValues] = {};
+  bool any = false;  // part counts
+  for (int source = 0; source <= p.parts; source += kBatch) {
+    Raw<kFloats> raw[kBatch];
+    float lse[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int i = source + b - 1;
-        lse[b] = -INFINITY;
-        if (!inside || i >= p.parts) continue;
-        if (i < 0) {
-          lse[b] = *out_lse, raw[b] = load<kFloats>(out, out_float);
-        } else {
-          lse[b] = part_lse[i * p.parts_lse_stride];
-          raw[b] = load<kFloats>(part + i * p.parts_stride, part_float);
-        }
-      }
-      float next = most;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        next = fmaxf(next, lse[b]);
-        any |= source + b > 0 && lse[b] != -INFINITY;
-      }
-      if (next == -INFINITY) continue;
-      const float shrink = expf(most - next);
-      most = next, sum *= shrink;
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) total[i] *= shrink;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (lse[b] == -INFINITY) continue;
-        const bool is_float = source + b == 0 ? out_float : part_float;
-        const float weight = expf(lse[b] - most);
-        sum += weight;
-#pragma unroll
-        for (int i = 0; i < kValues; ++i) total[i] += weight * value<T, kFloats>(raw[b], i, is_float);
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = source + b - 1;
+      lse[b] = -INFINITY;
+      if (!inside || i >= p.parts) continue;
+      if (i < 0) {
+        lse[b] = *out_lse, raw[b] = load<kFloats>(out, out_float);
+      } else {
+        lse[b] = part_lse[i * p.parts_lse_stride];
+        raw[b] = load<kFloats>(part + i * p.parts_stride, part_float);
       }
     }
-    __syncwarp();  // the row's log-sum-exp is written by its head's first thread, and was read by all
-    if (!any) continue;
+    float next = most;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) total[i] /= sum;
-    store<T>(out, total, out_float);
-    if (item % per_head == 0) *out_lse = most + logf(sum);
+    for (int b = 0; b < kBatch; ++b) {
+      next = fmaxf(next, lse[b]);
+      any |= source + b > 0 && lse[b] != -INFINITY;
+    }
+    if (next == -INFINITY) continue;
+    if (!kOnce) {
+      const float shrink = expf(most - next);
+      sum *= shrink;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) total[i] *= shrink;
+    }
+    most = next;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (lse[b] == -INFINITY) continue;
+      const bool is_float = source + b == 0 ? out_float : part_float;
+      const float weight = expf(lse[b] - most);
+      sum += weight;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) total[i] += weight * value<T, kFloats>(raw[b], i, is_float);
+    }
+    if (kOnce) break;
   }
+  __syncwarp();  // the row's log-sum-exp is written by its head's first thread, and was read by all
+  if (!any) return;
+  const float scale = 1.f / sum;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) total[i] *= scale;
+  store<T>(out, total, out_float);
+  if (item % per_head == 0) *out_lse = most + logf(sum);
 }
 
 // The one that serves a merge with the fewest registers.
 template <typename T>
 auto kernel_for(const MergeParams& p) {
-  if (p.out_float || p.part_float) return merge_rows<T, true, 4>;
-  return p.parts == 1 ? merge_rows<T, false, 2> : merge_rows<T, false, 4>;
+  if (p.out_float || p.part_float) return merge_rows<T, true, false, 4>;
+  return p.parts == 1   ? merge_rows<T, false, true, 2>
+         : p.parts == 2 ? merge_rows<T, false, true, 3>
+         : p.parts == 3 ? merge_rows<T, false, true, 4>
+                        : merge_rows<T, false, false, 4>;
 }
 
 }  // namespace hierasparse::merge

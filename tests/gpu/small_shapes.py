@@ -44,6 +44,11 @@ def main() -> None:
             ops = CudaOps(prefill_mib=1, prefill_kernel=kernel)
             out = torch.empty_like(case.query)
             ops.attend(case.query, case.batch, case.cache, case.scale, out)
+        # Three slabs of older pages, and a piece of the chunk beside each.
+        case = decode_cases.make_case([1, 5900], [1, 700], d=64, axis=axis, sparse=sparse)
+        CudaOps(prefill_mib=1, prefill_kernel=levels.EXPAND).attend(
+            case.query, case.batch, case.cache, case.scale, torch.empty_like(case.query)
+        )
         layout = PageLayout(64, 2, *sparse, axis, 1, True)
         engine = Engine(layout, torch.bfloat16, ReadRule(256), 2, 2, "cuda", blocks=30, rescale=True, ops=CudaOps())
         seq = engine.sequence(600)

@@ -120,6 +120,19 @@ def test_repeated_runs_give_the_same_bits(cases, lengths, queries, kernel):
         assert torch.equal(attend(case, kernel=kernel)[:rows], first)
 
 
+@pytest.mark.parametrize("mib, slabs", [(12, 2), (8, 3), (4, 6)])
+@pytest.mark.parametrize("axis, dtype", [("channel", BF16), ("token", FP16)])
+def test_pieces_of_a_chunk_beside_slabs(cases, mib, slabs, axis, dtype):
+    """Merged at once or one by one, decodes on the second stream behind the pieces; the same bits in every run."""
+    case = cases.make_case([1500, 700, 24_000], [1, 3, 1200], kv_heads=2, seed=mib, axis=axis, dtype=dtype)
+    first = attend(case, mib)[:1204]
+    ((plan, _),) = case.batch.derived.values()
+    assert len(plan.parts) == slabs and len(plan.dense) == min(slabs, 3)
+    check(case, first)
+    for _ in range(10):
+        assert torch.equal(attend(case, mib)[:1204], first)
+
+
 def test_page_ids_beyond_32_bit_offsets(cases, kernel):
     """A pool of more than 4 GiB: the same blocks at its end give the same bits."""
     case = cases.make_case([2000], [300], kv_heads=8, seed=7, axis="token")

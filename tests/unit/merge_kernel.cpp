@@ -26,8 +26,8 @@ int main(int, char** args) {
   p.rows = rows.empty() ? nullptr : reinterpret_cast<const int32_t*>(rows.data());
   const auto kernel = bfloat16 ? merge::kernel_for<__nv_bfloat16>(p) : merge::kernel_for<__half>(p);
   run_threads(merge::kThreads, [&] {
-    for (int row = 0; row < count; ++row) {
-      blockIdx.x = row;
+    for (int cta = 0; cta < count * merge::ctas_of_row(p); ++cta) {
+      blockIdx.x = cta;
       kernel(p);
     }
   });

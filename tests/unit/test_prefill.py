@@ -219,11 +219,39 @@ def test_a_chunk_whose_pages_and_window_fit_is_one_call():
     requests = long_requests(batch, LONGEST_DECODE)
     for room in (10, 9):  # three pages, and five, one and one of the window; with one less, nothing is one call
         plan = make_plan(batch, requests, room)
-        assert (plan.dense.pages is None) == (room == 9)
-    call = make_plan(batch, requests, 10).dense
+        assert (plan.dense[0].pages is None) == (room == 9)
+    (call,) = make_plan(batch, requests, 10).dense
     assert call.pages.tolist() == batch.page_table[0, 6:9].tolist()
     assert call.query_start.diff().tolist() == [48, 256, 256, 140, 20, 17]
     assert call.keys.tolist() == [512, 768, 1024, 2700 - 1536, 20, 17]
+
+
+def test_a_piece_of_the_chunk_runs_beside_each_slab():
+    """Later rows first, of about the same work each; the first call expands for all."""
+    room, queries = 14, 1500
+    e = engine((room,), blocks=140)
+    seq, other = e.sequence(9800), e.sequence(50)
+    for slabs, seq.computed in ((1, 3000), (2, 5500), (3, 8000)):
+        batch = e.batch([(seq, queries)])
+        plan = make_plan(batch, long_requests(batch, LONGEST_DECODE), room)
+        assert len(plan.parts) == len(plan.dense) == slabs and plan.rows == slice(0, queries) and plan.alone
+        assert [call.pages is None for call in plan.dense] == [False] + [True] * (slabs - 1)
+        rows = [call.rows for call in reversed(plan.dense)]
+        assert [r.start for r in rows] == [0] + [r.stop for r in rows[:-1]]
+        work = [int((call.query_start.diff() * call.keys).sum()) for call in plan.dense]
+        assert max(work) < 1.5 * sum(work) / slabs, work
+    batch = e.batch([(seq, 150), (other, 1), (seq, 150)])
+    requests = long_requests(batch, LONGEST_DECODE)
+    assert len(requests) == 2 and len(make_plan(batch, requests, room).dense) == 1, "another's row lies between"
+
+
+def test_pieces_of_a_chunk_are_its_attention():
+    e = engine((8,))
+    seq = e.sequence(3300)
+    e.step([(seq, 2600)])
+    e.ops.splits.clear()
+    e.checked_step([(seq, 600)], F32)
+    assert len(e.ops.splits) == 4, "two slabs and two pieces"
 
 
 @pytest.mark.parametrize("window, chunk", [(0, False), (512, False), (256, True)])

@@ -31,6 +31,9 @@ LEAST_SPLIT = 16
 CTA_PAGES = 5
 """What a CTA costs beyond its pages, in pages."""
 
+MOST_PIECES = 3
+"""Into how many calls a chunk's own keys are cut, one beside each slab of older pages."""
+
 Sequence = tuple[int, int, int]
 """First row of a sequence of queries, how many they are, and how many keys they read."""
 
@@ -102,8 +105,9 @@ class Plan:
 
     Parameters
     ----------
-    dense : Call
-        Each tile over its dense tokens, and over pages too if it has ``pages``.
+    dense : list of Call
+        Each tile over its dense tokens, and over pages too if the first call has ``pages``, which then expands for all.
+        Later rows come first: they read most, so what runs last is short.
     parts : list of Call
         Over expanded pages.
     unwritten : tuple of Tensor or None, int64
@@ -113,7 +117,7 @@ class Plan:
         Over pages as they are; instead of ``parts``.
     """
 
-    dense: Call
+    dense: list[Call]
     parts: list[Call]
     unwritten: tuple[torch.Tensor, torch.Tensor] | None
     fused: Fused | None = None
@@ -121,7 +125,12 @@ class Plan:
     @property
     def alone(self) -> bool:
         """Whether no rows of other requests lie between the plan's: FlashAttention would write them."""
-        return self.dense.merged is None
+        return all(call.merged is None for call in self.dense)
+
+    @property
+    def rows(self) -> slice:
+        """From the first row of all requests to the last."""
+        return slice(self.dense[-1].rows.start, self.dense[0].rows.stop)
 
 
 @dataclass(frozen=True)
@@ -219,24 +228,25 @@ def make_plan(batch: Batch, requests: list[Request], room: int, grid: Grid | Non
     upload, tiles = _Upload(), [request.tiles(batch.rule) for request in requests]
     # Pages that only later tiles of a request read; all of its tiles read those before them.
     later = [(i, mine[0].compressed // PAGE_TOKENS, mine[-1].compressed // PAGE_TOKENS) for i, mine in enumerate(tiles)]
+    slabs = list(_slabs([(i, 0, first) for i, first, _ in later], room)) if grid is None else []
     as_one = 0 < _stairs_pages(requests, later) <= room
     if as_one:
-        dense = _stairs_call(upload, batch, requests, tiles, later)
+        dense = _stairs_calls(upload, batch, requests, tiles, later, min(len(slabs), MOST_PIECES))
     else:
-        dense = _dense_call(upload, batch, requests, tiles)
+        dense = [_dense_call(upload, batch, requests, tiles)]
     fused, parts = None, []
     if grid is not None:  # what all queries of a chunk read is what they would if the chunk saw itself dense
         rule = ReadRule(batch.rule.local_window, own_chunk_dense=True) if as_one else batch.rule
         fused = _fused(upload, requests, rule, grid)
     else:
-        for slab in _slabs([(i, 0, first) for i, first, _ in later], room):
+        for slab in slabs:
             parts.append(_shared_call(upload, batch, requests, slab))
         for slab in _slabs([] if as_one else later, room):
             parts.append(_tiled_call(upload, batch, requests, tiles, slab))
     unwritten = (lambda get: None) if as_one else _unwritten(upload, batch, requests)
 
     get = upload.send(batch.seq_lens.device)
-    return Plan(dense(get), [part(get) for part in parts], unwritten(get), fused and fused(get))
+    return Plan([call(get) for call in dense], [part(get) for part in parts], unwritten(get), fused and fused(get))
 
 
 def _unwritten(upload: _Upload, batch: Batch, requests: list[Request]) -> Callable[[Callable], tuple]:
@@ -375,13 +385,14 @@ def _end_page(request: Request) -> int:
 
 
 def _stairs_pages(requests, later) -> int:
-    """Pages of workspace that `_stairs_call` takes; 0 if all tiles of every request read the same pages."""
+    """Pages of workspace that `_stairs_calls` take; 0 if all tiles of every request read the same pages."""
     expanded = sum(last - first for _, first, last in later)
     return expanded and expanded + sum(_end_page(requests[i]) - first for i, first, _ in later)
 
 
-def _stairs_call(upload: _Upload, batch: Batch, requests, tiles, later) -> Callable[[Callable], Call]:
-    """Each tile over the pages that it, but not all of its request, reads, and over its dense tokens behind them."""
+def _stairs_calls(upload: _Upload, batch: Batch, requests, tiles, later, most: int) -> list[Callable[[Callable], Call]]:
+    """Each tile over the pages that it, but not all of its request, reads, and over its dense tokens behind them; in up
+    to ``most`` calls."""
     per_page, width = PAGE_TOKENS // batch.window_block, batch.window_table.shape[1]
     sequences, table, blocks, tokens, at = [], [], [], [], 0
     dense_at = sum(last - first for _, first, last in later)  # dense pages lie behind all expanded ones
@@ -397,11 +408,32 @@ def _stairs_call(upload: _Upload, batch: Batch, requests, tiles, later) -> Calla
         tokens.append(np.clip(request.length - of_request * batch.window_block, 0, batch.window_block))
         blocks.append(request.index * width + np.minimum(of_request, (request.length - 1) // batch.window_block))
         at, dense_at = at + last - first, dense_at + end - first
-    widest = max(map(len, table))
-    table = np.stack([np.pad(row, (0, widest - len(row)), mode="edge") for row in table])
+    table = _rows_alike(table)
     pages = _pages_of(later, batch, requests)
     window = np.concatenate(blocks), np.concatenate(tokens)
-    return _call(upload, sequences, table, batch.window_table, pages, batch.page_table, *window)
+    expands = batch.window_table, pages, batch.page_table, *window  # for all calls
+    pieces = _pieces(sequences, most)
+    return [_call(upload, sequences[x], table[x], *(expands if i == 0 else ())) for i, x in enumerate(pieces)]
+
+
+def _rows_alike(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of a block table, each filled up with its last entry."""
+    out = np.empty((len(rows), max(map(len, rows))), np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)], out[i, len(row) :] = row, row[-1]
+    return out
+
+
+def _pieces(sequences: list[Sequence], most: int) -> list[slice]:
+    """Cut sequences into up to ``most`` pieces of about the same work, later rows first; one if there are rows between
+    them that are nobody's, which then belong to it."""
+    rows, queries, keys = np.array(sequences).T
+    if most < 2 or (rows[1:] != rows[:-1] + queries[:-1]).any():
+        return [slice(0, len(rows))]
+    work = queries * keys
+    cuts = np.searchsorted(np.cumsum(work) - work / 2, work.sum() * np.arange(1, most) / most)
+    borders = np.unique([0, *cuts, len(rows)]).tolist()
+    return [slice(*x) for x in zip(borders, borders[1:])][::-1]
 
 
 def _slabs(spans: list[tuple[int, int, int]], slab_pages: int) -> Iterable[list[tuple[int, int, int]]]:

@@ -63,32 +63,37 @@ def attend(
             num_splits=1 if fills else 0,
         )  # fmt: skip
 
-    def attend_dense() -> torch.Tensor:
-        k, v = keys, values
-        if plan.dense.blocks is not None:
-            k, v = side_by_side(plan.dense, window, expand)
-        return run(plan.dense, k, v, True, mine)[1]
+    @functools.cache
+    def dense_rows():
+        first = plan.dense[0]
+        return (keys, values) if first.blocks is None else side_by_side(first, window, expand)
 
-    rows = plan.dense.rows
-    mine = out[rows]
+    def attend_dense(call: Call) -> torch.Tensor:
+        return run(call, *dense_rows(), True, out[call.rows])[1]
+
     if plan.fused is None and not plan.parts and decode is None:
-        attend_dense()
+        attend_dense(plan.dense[0])
         return
-    beside, merge_older = Beside(out.device), None
+    rows, pending, lses = plan.rows, list(plan.dense), []
+    mine, beside, merge_older = out[rows], Beside(out.device), None
+
+    def attend_next() -> None:
+        if pending:
+            lses.append(beside.run(functools.partial(attend_dense, pending.pop(0))))
+
     if plan.fused is not None:
         merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
+        attend_next()
     elif plan.parts:
-        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside)
-    if merge_older is None:
-        beside.begin()
-        attend_dense()
+        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside, attend_next)
     else:
-        lse = beside.run(attend_dense)
+        beside.begin()
+        attend_dense(plan.dense[0])
     if decode is not None:
         beside.run(decode)
     beside.end()
     if merge_older is not None:
-        merge_older(lse)
+        merge_older(lses[0] if len(lses) == 1 else torch.cat(lses[::-1], dim=1))
 
 
 class Beside:
@@ -125,9 +130,14 @@ Merge = Callable[[torch.Tensor], None]
 """Merges what was attended into the outputs, given their log-sum-exps [heads, rows]."""
 
 
-def attend_expanded(calls: list[Call], run, query, expand, workspace, out, first_row: int, beside: Beside) -> Merge:
-    """Calls over expanded pages for ``out`` [rows, heads, D], whose rows count from ``first_row``; the other parameters
-    are `attend`'s.  The first call is the longest, so the others' kernels begin beside it."""
+def attend_expanded(
+    calls: list[Call], run, query, expand, workspace, out, first_row: int, beside: Beside, attend_next
+) -> Merge:
+    """Calls over expanded pages for ``out`` [rows, heads, D], whose rows count from ``first_row``.
+
+    ``attend_next()`` launches the next piece of what the chunk reads of itself, if any, beside the call before.
+    The other parameters are `attend`'s.
+    """
     merge = torch.ops.hierasparse.merge
     alike = all(call.merged is None and call.rows == calls[0].rows for call in calls)
     at_once, one_by_one = alike and len(calls) <= MOST_AT_ONCE, len(calls) > 1
@@ -141,16 +151,17 @@ def attend_expanded(calls: list[Call], run, query, expand, workspace, out, first
         expand(call.pages, k, v)
         if call.key_start is not None:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
-        if i == 0:
-            beside.begin()
+        beside.begin()  # so the longer kernel comes first
         part, part_lse = run(call, k, v, False, parts[i] if at_once else None)
+        attend_next()
         some = slice(call.rows.start - first_row, call.rows.stop - first_row)
         if at_once:
             lses.append(part_lse)
         elif one_by_one:
             merge(total[some], total_lse[:, some], part, part_lse, call.merged)
     if at_once:
-        return lambda lse: merge(out[some], lse[:, some], parts, torch.stack(lses), None)
+        parts_lse = torch.stack(lses) if len(lses) > 1 else lses[0][None]
+        return lambda lse: merge(out[some], lse[:, some], parts, parts_lse, None)
     if one_by_one:
         return lambda lse: merge(out, lse, total, total_lse, None)
     return lambda lse: merge(out[some], lse[:, some], part, part_lse, call.merged)
