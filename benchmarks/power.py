@@ -51,7 +51,7 @@ class InTurn(prefill.Beside):
     """No second stream: what it is worth."""
 
     def run(self, function):
-        return function()
+        function()
 
 
 def products(device: torch.device) -> Run:

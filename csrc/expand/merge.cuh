@@ -54,52 +54,47 @@ HS_HD inline int ctas_of_row(const MergeParams& p) {
 
 // A CTA takes a row's next kThreads items of eight values; head_size / 8 neighbouring threads, all of one warp, have
 // one head.  What is there already, the first source, and the parts are loaded kBatch at a time, beside the
-// log-sum-exps that tell whether they count: one wait for memory instead of two for each.  kFloats: `out` or `part` are
-// float32.  kOnce: one batch has all.  Instructions count: at the clock of a prefill, 300 per thread take longer than
-// the memory does.
+// log-sum-exps that tell whether they count.  Nothing branches on those, since loads would then be moved behind them,
+// and wait twice; what is not there is replaced by the last of what is.  kFloats: `out` or `part` are float32.  kOnce:
+// one batch has all.  Instructions count: at the clock of a prefill, 300 per thread take longer than the memory does.
 template <typename T, bool kFloats, bool kOnce, int kBatch>
 __global__ void __launch_bounds__(kThreads, kBatch == 2   ? 5
                                             : kBatch == 3 ? 4
                                                           : 3) merge_rows(const MergeParams p) {
-  // A row's CTAs come one after the other: rows half a launch apart, or in turn by one CTA, cost 15 per cent more.
+  // A row's CTAs come one after the other: half a launch apart, or one CTA in turns, they cost 15 per cent more.
   const int share = ctas_of_row(p), row = blockIdx.x / share, to = p.rows ? p.rows[row] : row;
   if (to < 0) return;
   const int per_head = p.head_size / kValues, items = p.heads * per_head, log2 = 31 - __clz(per_head);
+  const int own = blockIdx.x % share * kThreads + threadIdx.x, item = min(own, items - 1), head = item >> log2;
+  if (own / kWarp * kWarp >= items) return;  // so whoever reads the last head's log-sum-exp is in its warp
   const bool out_float = kFloats && p.out_float, part_float = kFloats && p.part_float;
-  uint8_t* const out_row = static_cast<uint8_t*>(p.out) + to * p.out_stride;
-  const uint8_t* const part_row = static_cast<const uint8_t*>(p.part) + row * p.part_stride;
-  const int item = blockIdx.x % share * kThreads + threadIdx.x, head = item >> log2;
-  const bool inside = item < items;
   float* const out_lse = p.out_lse + head * p.out_lse_stride + to;
   const float* const part_lse = p.part_lse + head * p.part_lse_stride + row;
-  uint8_t* const out = out_row + item * kValues * (out_float ? 4 : 2);
-  const uint8_t* const part = part_row + item * kValues * (part_float ? 4 : 2);
+  uint8_t* const out = static_cast<uint8_t*>(p.out) + to * p.out_stride + item * kValues * (out_float ? 4 : 2);
+  const uint8_t* const part =
+      static_cast<const uint8_t*>(p.part) + row * p.part_stride + item * kValues * (part_float ? 4 : 2);
   float most = -INFINITY, sum = 0.f, total[kValues] = {};
   bool any = false;  // part counts
-  for (int source = 0; source <= p.parts; source += kBatch) {
+  for (int source = 0; source < (kOnce ? kBatch : p.parts + 1); source += kBatch) {
     Raw<kFloats> raw[kBatch];
     float lse[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int i = source + b - 1;
-      lse[b] = -INFINITY;
-      if (!inside || i >= p.parts) continue;
-      if (i < 0) {
-        lse[b] = *out_lse, raw[b] = load<kFloats>(out, out_float);
-      } else {
-        lse[b] = part_lse[i * p.parts_lse_stride];
-        raw[b] = load<kFloats>(part + i * p.parts_stride, part_float);
-      }
+      const bool there = source + b == 0;
+      const int i = kOnce ? b - 1 : min(source + b, p.parts) - 1;
+      lse[b] = there ? *out_lse : part_lse[i * p.parts_lse_stride];
+      raw[b] = load<kFloats>(there ? out : part + i * p.parts_stride, there ? out_float : part_float);
     }
     float next = most;
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
+      if (!kOnce && source + b > p.parts) lse[b] = -INFINITY;
       next = fmaxf(next, lse[b]);
       any |= source + b > 0 && lse[b] != -INFINITY;
     }
-    if (next == -INFINITY) continue;
+    const float base = next == -INFINITY ? 0.f : next;  // if nothing counts yet, all weights are zero
     if (!kOnce) {
-      const float shrink = expf(most - next);
+      const float shrink = expf(most - base);
       sum *= shrink;
 #pragma unroll
       for (int i = 0; i < kValues; ++i) total[i] *= shrink;
@@ -107,17 +102,16 @@ __global__ void __launch_bounds__(kThreads, kBatch == 2   ? 5
     most = next;
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (lse[b] == -INFINITY) continue;
       const bool is_float = source + b == 0 ? out_float : part_float;
-      const float weight = expf(lse[b] - most);
+      const float weight = expf(lse[b] - base);
       sum += weight;
+      if (lse[b] == -INFINITY) raw[b] = {};  // perhaps NaN
 #pragma unroll
       for (int i = 0; i < kValues; ++i) total[i] += weight * value<T, kFloats>(raw[b], i, is_float);
     }
-    if (kOnce) break;
   }
   __syncwarp();  // the row's log-sum-exp is written by its head's first thread, and was read by all
-  if (!any) return;
+  if (!any || own != item) return;
   const float scale = 1.f / sum;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) total[i] *= scale;

@@ -87,6 +87,7 @@ def test_parts_merge_to_one_softmax(merge_kernel, tmp_path, d, heads, parts, wid
     for lse in (out_lse, part_lse):
         lse[torch.rand(lse.shape, generator=g) < 0.3] = -torch.inf
     part_lse[:, :, 3], out_lse[:, 6] = -torch.inf, 1e4
+    out_lse[:, 7], part_lse[:-1, :, 5], part_lse[-1, :, 5] = -torch.inf, -torch.inf, -300  # only the last has something
     out[(out_lse == -torch.inf).t()] = torch.nan
     part[(part_lse == -torch.inf).transpose(1, 2)] = torch.nan
     rows = torch.arange(n, dtype=torch.int32) + 2

@@ -33,6 +33,7 @@ static thread_local dim3 this_block;
 static std::vector<std::unique_ptr<std::barrier<>>> warps;
 
 static void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
+static int min(int a, int b) { return a < b ? a : b; }
 static int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 
 // Calls `body` in every thread of a CTA.

@@ -74,22 +74,23 @@ def attend(
     if plan.fused is None and not plan.parts and decode is None:
         attend_dense(plan.dense[0])
         return
-    rows, pending, lses = plan.rows, list(plan.dense), []
-    mine, beside, merge_older = out[rows], Beside(out.device), None
+    rows, lses = plan.rows, []
+    mine, merge_older = out[rows], None
 
-    def attend_next() -> None:
-        if pending:
-            lses.append(beside.run(functools.partial(attend_dense, pending.pop(0))))
+    def attend_piece(call: Call) -> None:
+        # Decode ahead of all pieces: it waits for memory, and so costs the call that it runs beside least.
+        if decode is not None and call is plan.dense[0]:
+            decode()
+        lses.append(attend_dense(call))
 
+    beside = Beside(out.device, [functools.partial(attend_piece, call) for call in plan.dense])
     if plan.fused is not None:
         merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
-        attend_next()
     elif plan.parts:
-        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside, attend_next)
+        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside)
     else:
         beside.begin()
         attend_dense(plan.dense[0])
-    if decode is not None:
         beside.run(decode)
     beside.end()
     if merge_older is not None:
@@ -101,20 +102,31 @@ class Beside:
 
     A kernel that fills the GPU keeps all SMs until its last wave, so what is launched there behind it runs then.
     What `run` launches waits for what was launched here before `begin`; what is launched here after `end` waits for it.
+
+    Parameters
+    ----------
+    device : torch.device
+    waiting : list of callable
+        What `run_next` runs, one after the other.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, waiting: list[Callable[[], None]]):
         self._streams = torch.get_device_module(device)  # those of a CPU do nothing
         self._here, self._there = self._streams.current_stream(), _second_stream(device)
+        self._waiting = waiting
 
     def begin(self) -> None:
         self._begun = self._here.record_event()
 
-    def run(self, function: Callable):
+    def run(self, function: Callable[[], None]) -> None:
         # Memory that is allocated there is used again there only, and waited for here before that.
         with self._streams.stream(self._there):
             self._there.wait_event(self._begun)
-            return function()
+            function()
+
+    def run_next(self) -> None:
+        if self._waiting:
+            self.run(self._waiting.pop(0))
 
     def end(self) -> None:
         self._here.wait_stream(self._there)
@@ -130,14 +142,9 @@ Merge = Callable[[torch.Tensor], None]
 """Merges what was attended into the outputs, given their log-sum-exps [heads, rows]."""
 
 
-def attend_expanded(
-    calls: list[Call], run, query, expand, workspace, out, first_row: int, beside: Beside, attend_next
-) -> Merge:
-    """Calls over expanded pages for ``out`` [rows, heads, D], whose rows count from ``first_row``.
-
-    ``attend_next()`` launches the next piece of what the chunk reads of itself, if any, beside the call before.
-    The other parameters are `attend`'s.
-    """
+def attend_expanded(calls: list[Call], run, query, expand, workspace, out, first_row: int, beside: Beside) -> Merge:
+    """Calls over expanded pages for ``out`` [rows, heads, D], whose rows count from ``first_row``; the other parameters
+    are `attend`'s.  Something that waits is run beside each."""
     merge = torch.ops.hierasparse.merge
     alike = all(call.merged is None and call.rows == calls[0].rows for call in calls)
     at_once, one_by_one = alike and len(calls) <= MOST_AT_ONCE, len(calls) > 1
@@ -153,7 +160,7 @@ def attend_expanded(
             k, v = k.flatten(0, 1), v.flatten(0, 1)
         beside.begin()  # so the longer kernel comes first
         part, part_lse = run(call, k, v, False, parts[i] if at_once else None)
-        attend_next()
+        beside.run_next()
         some = slice(call.rows.start - first_row, call.rows.stop - first_row)
         if at_once:
             lses.append(part_lse)
@@ -188,5 +195,6 @@ def attend_pages(work: Fused, query, fused, out, first_row: int, beside: Beside)
     parts_lse = query.new_full((work.splits, heads, n), -torch.inf, dtype=torch.float32)
     beside.begin()
     fused(work, query[rows], parts, parts_lse)
+    beside.run_next()
     some = slice(rows.start - first_row, rows.stop - first_row)
     return lambda lse: torch.ops.hierasparse.merge(out[some], lse[:, some], parts, parts_lse, None)
