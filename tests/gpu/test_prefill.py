@@ -126,7 +126,8 @@ def test_pieces_of_a_chunk_beside_slabs(cases, mib, slabs, axis, dtype):
     """Merged at once or one by one, decodes on the second stream behind the pieces; the same bits in every run."""
     case = cases.make_case([1500, 700, 24_000], [1, 3, 1200], kv_heads=2, seed=mib, axis=axis, dtype=dtype)
     first = attend(case, mib)[:1204]
-    ((plan, _),) = case.batch.derived.values()
+    (work,) = case.batch.derived.values()
+    plan = work.plan
     assert len(plan.parts) == slabs and len(plan.dense) == min(slabs, 3)
     check(case, first)
     for _ in range(10):

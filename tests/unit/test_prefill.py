@@ -12,7 +12,16 @@ from serving import Engine
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
 from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import prefill
-from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan, page_tiles
+from hierasparse_vllm.ops.cuda.plan import (
+    FEWEST_CTAS,
+    MOST_SPLITS,
+    Grid,
+    decode_ctas,
+    decode_tokens,
+    long_requests,
+    make_plan,
+    page_tiles,
+)
 from hierasparse_vllm.ops.reference import ReferenceOps, attention, codec
 from hierasparse_vllm.page import PageLayout
 
@@ -294,6 +303,21 @@ def test_splits_fill_whole_waves():
     assert splits(1, 3) == 1
     assert splits(1, 500, room=3 * 48 << 13) == 3, "no more memory"
     assert splits(1, 500, room=1) == 1
+
+
+def test_decode_beside_a_prefill_takes_few_ctas_or_all():
+    """132 SMs with two CTAs each, 32 heads of 128 channels, chunks of 8,192 tokens."""
+
+    def ctas(decoded, keys, queries=8192):
+        return decode_ctas(decoded * 2332, 4 * 128 * 32 * queries * keys, 264)
+
+    assert ctas(120_000, 60_000) == FEWEST_CTAS, "done long before"
+    assert FEWEST_CTAS < ctas(16 * 120_000, 40_000) <= 66
+    assert ctas(32 * 8192, 4096, queries=256) == 264, "the prefill is the shorter one"
+    e = engine((4,))
+    a, b, c = (e.sequence(n) for n in (400, 90, 30))
+    batch = e.batch([(a, 300), (b, 16), (c, 1), (a, 0)])
+    assert decode_tokens(batch, LONGEST_DECODE) == 17
 
 
 def test_lengths_come_from_the_host_where_vllm_tells_them():

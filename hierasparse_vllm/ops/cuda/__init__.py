@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,16 @@ from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
 from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import levels, library, prefill
 from hierasparse_vllm.ops.cuda.buffers import buffers
-from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan
-from hierasparse_vllm.page import PageLayout
+from hierasparse_vllm.ops.cuda.plan import (
+    MOST_SPLITS,
+    Grid,
+    Plan,
+    decode_ctas,
+    decode_tokens,
+    long_requests,
+    make_plan,
+)
+from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
 from hierasparse_vllm.policy import LayerPolicy
 
 
@@ -28,6 +37,23 @@ class _Tables(NamedTuple):
         keys = policy.key.grouping
         weight = None if keys.weight is None else keys.weight.float().contiguous()
         return cls(policy, keys.order.int().contiguous(), weight)
+
+
+class _Work(NamedTuple):
+    """What a step's lengths tell on the host, once for all layers."""
+
+    plan: Plan | None  # of requests with more queries than `LONGEST_DECODE`
+    longest: int  # queries of the others; 0: there are none
+    decoded: int  # tokens that these read
+    pairs: int  # queries times keys of the plan's requests, at most
+
+    @classmethod
+    def of(cls, batch: Batch, room: int, grid: Grid | None) -> _Work:
+        queries, long = batch.query_start.diff(), long_requests(batch, LONGEST_DECODE)
+        others = queries[queries <= LONGEST_DECODE]
+        plan = make_plan(batch, long, room, grid) if long else None
+        decoded = decode_tokens(batch, LONGEST_DECODE) if long else 0  # nothing else asks
+        return cls(plan, int(others.max()) if len(others) else 0, decoded, sum(r.queries * r.length for r in long))
 
 
 class CudaOps:
@@ -103,21 +129,21 @@ class CudaOps:
         caches = library.cache_arguments(cache, self._tables_of(cache).k_order)
         step = library.batch_arguments(batch)
         how = len(self._expanded[0]), self._grid(query)
-        if ("plan", how) not in batch.derived:  # what follows from lengths on the host, once per step
-            lengths = batch.query_start.diff()
-            decoded = lengths[lengths <= LONGEST_DECODE]
-            requests = long_requests(batch, LONGEST_DECODE)
-            plan = make_plan(batch, requests, *how) if requests else None
-            batch.derived["plan", how] = plan, int(decoded.max()) if len(decoded) else 0
-        plan, longest = batch.derived["plan", how]
+        if ("work", how) not in batch.derived:
+            batch.derived["work", how] = _Work.of(batch, *how)
+        plan, longest, decoded, pairs = batch.derived["work", how]
 
-        def decode():
+        def decode(ctas: int = self._buffers.ctas) -> None:
             torch.ops.hierasparse.decode(
                 *step, *caches, query, out, scale,
-                longest, self._buffers.ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
+                longest, ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
             )  # fmt: skip
 
-        beside = longest > 0 and plan is not None and plan.alone
+        beside = None
+        if longest > 0 and plan is not None and plan.alone:
+            read = decoded * cache.layout.page_bytes(cache.window.shape[1]) // PAGE_TOKENS
+            operations = 4 * pairs * query.shape[1] * query.shape[2]
+            beside = partial(decode, decode_ctas(read, operations, self._buffers.ctas))
         if plan is not None:
 
             def expand(*arguments):
@@ -131,9 +157,9 @@ class CudaOps:
                 self._flash = compat.flash_attention(cache.layout.head_size)
             prefill.attend(
                 plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, self._buffers.sms, out,
-                decode=decode if beside else None,
+                beside,
             )  # fmt: skip
-        if longest and not beside:
+        if longest and beside is None:
             decode()
 
     def _grid(self, query: torch.Tensor) -> Grid | None:

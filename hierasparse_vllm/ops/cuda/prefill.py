@@ -41,8 +41,8 @@ def attend(
     sms : int
         Multiprocessors of the device.
     decode : callable or None
-        Launches attention of the step's other requests, beside that of the plan's; none of their rows may lie between
-        the plan's, which FlashAttention writes.
+        Launches attention of the step's other requests, first of all and beside the plan's; none of their rows may lie
+        between the plan's, which FlashAttention writes.
     """
     d = query.shape[2]
     keys, values = window[..., :d].transpose(1, 2), window[..., d:].transpose(1, 2)
@@ -77,28 +77,23 @@ def attend(
     rows, lses = plan.rows, []
     mine, merge_older = out[rows], None
 
-    def attend_piece(call: Call) -> None:
-        # Decode ahead of all pieces: it waits for memory, and so costs the call that it runs beside least.
-        if decode is not None and call is plan.dense[0]:
-            decode()
-        lses.append(attend_dense(call))
-
-    beside = Beside(out.device, [functools.partial(attend_piece, call) for call in plan.dense])
+    beside = Beside(out.device, [lambda call=call: lses.append(attend_dense(call)) for call in plan.dense])
+    beside.begin()
+    if decode is not None:
+        beside.run(decode)
     if plan.fused is not None:
         merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
     elif plan.parts:
         merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside)
     else:
-        beside.begin()
         attend_dense(plan.dense[0])
-        beside.run(decode)
     beside.end()
     if merge_older is not None:
         merge_older(lses[0] if len(lses) == 1 else torch.cat(lses[::-1], dim=1))
 
 
 class Beside:
-    """A second stream, for kernels that shall take the SMs which the last wave of a long one leaves idle.
+    """A second stream: for kernels that need few SMs, or take those that the last wave of a long one leaves idle.
 
     A kernel that fills the GPU keeps all SMs until its last wave, so what is launched there behind it runs then.
     What `run` launches waits for what was launched here before `begin`; what is launched here after `end` waits for it.
