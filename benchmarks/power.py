@@ -3,6 +3,7 @@
 something behind that makes other kernels draw more.
 
     python benchmarks/power.py layer     # products of a layer, each attention, and both together
+    python benchmarks/power.py decode    # decode of three requests beside a prefill, by the number of its CTAs
     python benchmarks/power.py behind    # one product of matrices, again and again, behind a launch of each kernel
 
 Shapes are those of Llama-3.1-8B and chunks of 8,192 tokens.  At the power limit, energy is time: what takes longer in a
@@ -25,12 +26,15 @@ from meters import Meter, over_and_over, yardstick
 from hierasparse_vllm.bench import cases, kernels, rivals
 from hierasparse_vllm.bench.caches import Caches
 from hierasparse_vllm.bench.timing import Run
+from hierasparse_vllm.ops import cuda
 from hierasparse_vllm.ops.cuda import prefill
 
 ROWS = 8192
 LAYER = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 """Depth and columns of a layer's products."""
 CONTEXTS = 8192, 65536, 106496
+DECODED, CTAS = 3, (8, 16, 32, 64, 264)
+"""Requests that decode beside a prefill, and by how many CTAs; the last fill an H200."""
 STOCK_PAGE, OUR_PAGE = 16, 256
 """Tokens per page: vLLM's default, and what `expand` gives FlashAttention."""
 SETTLE, SECONDS = 0.4, 1.0
@@ -104,6 +108,39 @@ def layer(device: torch.device) -> None:
             measure(f"{tokens:6} tokens: products and that", lambda run=run: (multiply(), run()))
 
 
+def decode(device: torch.device) -> None:
+    """What decode costs beside a prefill, all with the same tokens."""
+    multiply = products(device)
+    measure("products", multiply)
+    case = replace(case_named("chunk8192-ctx8192-expand"), tokens=CONTEXTS[1], batch=DECODED + 1)
+    ops = kernels.cuda_ops(case, device)
+    caches = Caches(case, ops, device)
+    (step,) = caches.steps
+
+    def attending(decoded: int, chunk: int) -> Run:
+        """Attention of so many requests with one query each, then one with the rest of a chunk's rows."""
+        start = torch.tensor([*range(decoded), *([decoded, chunk] if chunk else [decoded])], dtype=torch.int32)
+        requests = slice(len(step.batch.seq_lens) - len(start) + 1, None)
+        batch = replace(
+            step.batch, query_start=start, query_start_device=start.to(device), derived={},
+            seq_lens=step.batch.seq_lens[requests], host_lens=step.batch.host_lens[requests],
+            page_table=step.batch.page_table[requests].contiguous(),
+            window_table=step.batch.window_table[requests].contiguous(),
+        )  # fmt: skip
+        rows = int(start[-1])
+        return lambda: ops.attend(step.query[:rows], batch, caches.cache, case.scale, step.out[:rows])
+
+    measure(f"decode of {DECODED} alone", attending(DECODED, 0))
+    chunk = attending(0, ROWS)
+    measure("products and the chunk", lambda: (multiply(), chunk()))
+    rule = cuda.decode_ctas
+    for ctas in CTAS:
+        cuda.decode_ctas = lambda *_, n=ctas: n
+        both = attending(DECODED, ROWS)
+        measure(f"products, the chunk, decode by {ctas}", lambda run=both: (multiply(), run()))
+    cuda.decode_ctas = rule
+
+
 def behind(device: torch.device) -> None:
     """The yardstick in a fresh process, and behind one launch of each of our kernels; those with sparse products last.
 
@@ -133,11 +170,12 @@ def case_named(id: str) -> cases.Case:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layer", "behind"))
+    modes = {run.__name__: run for run in (layer, decode, behind)}
+    parser.add_argument("what", choices=modes)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no NVIDIA GPU here, and this measures one")
-    {"layer": layer, "behind": behind}[args.what](torch.device("cuda", torch.cuda.current_device()))
+    modes[args.what](torch.device("cuda", torch.cuda.current_device()))
     return 0
 
 

@@ -11,16 +11,9 @@ from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
 from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import levels, library, prefill
+from hierasparse_vllm.ops.cuda.beside import decode_ctas, decode_tokens
 from hierasparse_vllm.ops.cuda.buffers import buffers
-from hierasparse_vllm.ops.cuda.plan import (
-    MOST_SPLITS,
-    Grid,
-    Plan,
-    decode_ctas,
-    decode_tokens,
-    long_requests,
-    make_plan,
-)
+from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, Plan, long_requests, make_plan
 from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
 from hierasparse_vllm.policy import LayerPolicy
 

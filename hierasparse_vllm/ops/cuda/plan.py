@@ -34,11 +34,6 @@ CTA_PAGES = 5
 MOST_PIECES = 3
 """Into how many calls a chunk's own keys are cut, one beside each slab of older pages."""
 
-OPERATIONS_PER_BYTE = 150
-"""Of FlashAttention-3, in the time in which the memory delivers a byte (H200: 600 TFLOP/s, 4 TB/s)."""
-FEWEST_CTAS = 16
-"""Of a decode launch beside a prefill."""
-
 Sequence = tuple[int, int, int]
 """First row of a sequence of queries, how many they are, and how many keys they read."""
 
@@ -215,31 +210,6 @@ def long_requests(batch: Batch, longest_decode: int) -> list[Request]:
     lengths = batch.lengths().tolist()
     out = [Request(i, starts[i], lengths[i] - (starts[i + 1] - starts[i]), lengths[i]) for i in index]
     return [r for r in out if r.computed >= 0]
-
-
-def decode_ctas(read: int, operations: int, most: int) -> int:
-    """CTAs of a decode launch that begins with a prefill.
-
-    The fewer read memory at once, the faster each does, and the fewer SMs the prefill lacks; but decode should be done
-    first.  Where that takes more than a quarter of all CTAs, decode gets all, and the prefill waits for it.
-
-    Parameters
-    ----------
-    read : int
-        Bytes that decode reads.
-    operations : int
-        Of the prefill's attention.
-    most : int
-        CTAs that fill the GPU.
-    """
-    n = max(FEWEST_CTAS, -(-most * read * OPERATIONS_PER_BYTE // operations))
-    return n if 4 * n <= most else most
-
-
-def decode_tokens(batch: Batch, longest_decode: int) -> int:
-    """Tokens of the requests with 1 to ``longest_decode`` queries."""
-    queries = batch.query_start.diff()
-    return int(batch.lengths()[(queries > 0) & (queries <= longest_decode)].sum())
 
 
 def make_plan(batch: Batch, requests: list[Request], room: int, grid: Grid | None = None) -> Plan:

@@ -1,0 +1,83 @@
+"""What runs beside a prefill's longest kernels: a second stream, and decode with few CTAs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from hierasparse_vllm.ops.batch import Batch
+
+OPERATIONS_PER_BYTE = 150
+"""Of FlashAttention-3, in the time in which the memory delivers a byte (H200: 600 TFLOP/s, 4 TB/s)."""
+FEWEST_CTAS = 8
+FEW = 16
+"""Up to one in so many of the CTAs that fill the GPU are few."""
+
+
+class Beside:
+    """A second stream: for kernels that need few SMs, or take those that the last wave of a long one leaves idle.
+
+    A kernel that fills the GPU keeps all SMs until its last wave, so what is launched there behind it runs then.
+    What `run` launches waits for what was launched here before `begin`; what is launched here after `end` waits for it.
+
+    Parameters
+    ----------
+    device : torch.device
+    waiting : list of callable
+        What `run_next` runs, one after the other.
+    """
+
+    def __init__(self, device: torch.device, waiting: list[Callable[[], None]]):
+        self._streams = torch.get_device_module(device)  # those of a CPU do nothing
+        self._here, self._there = self._streams.current_stream(), _second_stream(device)
+        self._waiting = waiting
+
+    def begin(self) -> None:
+        self._begun = self._here.record_event()
+
+    def run(self, function: Callable[[], None]) -> None:
+        # Memory that is allocated there is used again there only, and waited for here before that.
+        with self._streams.stream(self._there):
+            self._there.wait_event(self._begun)
+            function()
+
+    def run_next(self) -> None:
+        if self._waiting:
+            self.run(self._waiting.pop(0))
+
+    def end(self) -> None:
+        self._here.wait_stream(self._there)
+
+
+@functools.cache
+def _second_stream(device: torch.device):
+    """One for all layers on a device, which is the current one."""
+    return torch.get_device_module(device).Stream()
+
+
+def decode_ctas(read: int, operations: int, most: int) -> int:
+    """CTAs of a decode launch that begins with a prefill.
+
+    Few, so that nearly all SMs are the prefill's from its beginning, and since each reads the faster the fewer there
+    are; but so many that decode is done first.  If few are not enough, it gets all, and the prefill waits for it: a
+    number between costs more than either (docs/kernels.md, `power.py decode`).
+
+    Parameters
+    ----------
+    read : int
+        Bytes that decode reads.
+    operations : int
+        Of the prefill's attention.
+    most : int
+        CTAs that fill the GPU.
+    """
+    n = max(FEWEST_CTAS, -(-most * read * OPERATIONS_PER_BYTE // operations))
+    return n if FEW * n <= most else most
+
+
+def decode_tokens(batch: Batch, longest_decode: int) -> int:
+    """Tokens of the requests with 1 to ``longest_decode`` queries."""
+    queries = batch.query_start.diff()
+    return int(batch.lengths()[(queries > 0) & (queries <= longest_decode)].sum())
