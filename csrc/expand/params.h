@@ -31,9 +31,9 @@ struct ExpandParams {
 // them.
 struct MergeParams {
   void* out;              // rows of [heads, head_size]
-  float* out_lse;         // [heads, out_lse_stride], natural logarithms; -inf: nothing there yet, `out` is not read
+  float* out_lse;         // [heads, out_lse_stride], natural logarithms; -inf: nothing there yet, `out` does not count
   const void* part;       // [parts] times rows of the same shape
-  const float* part_lse;  // [parts, heads, part_lse_stride]; -inf: nothing to merge, the row is not read
+  const float* part_lse;  // [parts, heads, part_lse_stride]; -inf: nothing to merge, the row does not count
   int parts;              // at least 1
   int64_t out_stride;     // bytes from a row to the next
   int64_t part_stride;

@@ -123,7 +123,7 @@ def test_repeated_runs_give_the_same_bits(cases, lengths, queries, kernel):
 @pytest.mark.parametrize("mib, slabs", [(12, 2), (8, 3), (4, 6)])
 @pytest.mark.parametrize("axis, dtype", [("channel", BF16), ("token", FP16)])
 def test_pieces_of_a_chunk_beside_slabs(cases, mib, slabs, axis, dtype):
-    """Merged at once or one by one, decodes on the second stream behind the pieces; the same bits in every run."""
+    """Merged at once or one by one, decodes on the second stream ahead of the pieces; the same bits in every run."""
     case = cases.make_case([1500, 700, 24_000], [1, 3, 1200], kv_heads=2, seed=mib, axis=axis, dtype=dtype)
     first = attend(case, mib)[:1204]
     (work,) = case.batch.derived.values()
