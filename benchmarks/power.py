@@ -117,9 +117,9 @@ def decode(device: torch.device) -> None:
     caches = Caches(case, ops, device)
     (step,) = caches.steps
 
-    def attending(decoded: int, chunk: int) -> Run:
-        """Attention of so many requests with one query each, then one with the rest of a chunk's rows."""
-        start = torch.tensor([*range(decoded), *([decoded, chunk] if chunk else [decoded])], dtype=torch.int32)
+    def attending(decoded: int, *rows: int) -> Run:
+        """Attention of so many requests with one query each; then of one with the rest of ``rows``, if given."""
+        start = torch.tensor([*range(decoded + 1), *rows], dtype=torch.int32)
         requests = slice(len(step.batch.seq_lens) - len(start) + 1, None)
         batch = replace(
             step.batch, query_start=start, query_start_device=start.to(device), derived={},
@@ -127,10 +127,10 @@ def decode(device: torch.device) -> None:
             page_table=step.batch.page_table[requests].contiguous(),
             window_table=step.batch.window_table[requests].contiguous(),
         )  # fmt: skip
-        rows = int(start[-1])
-        return lambda: ops.attend(step.query[:rows], batch, caches.cache, case.scale, step.out[:rows])
+        all_rows = slice(int(start[-1]))
+        return lambda: ops.attend(step.query[all_rows], batch, caches.cache, case.scale, step.out[all_rows])
 
-    measure(f"decode of {DECODED} alone", attending(DECODED, 0))
+    measure(f"decode of {DECODED} alone", attending(DECODED))
     chunk = attending(0, ROWS)
     measure("products and the chunk", lambda: (multiply(), chunk()))
     rule = cuda.decode_ctas

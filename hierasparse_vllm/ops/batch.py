@@ -120,6 +120,7 @@ class Batch:
     host_lens: torch.Tensor | None = None
     derived: dict = field(default_factory=dict, repr=False)
 
+    @cached_property
     def lengths(self) -> torch.Tensor:
         """``host_lens``; where vLLM does not tell them, the host waits for the device."""
         return self.seq_lens.cpu() if self.host_lens is None else self.host_lens

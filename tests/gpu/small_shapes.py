@@ -27,6 +27,12 @@ def take_extension(file: str) -> None:
     spec.loader.exec_module(sys.modules[MODULE])
 
 
+def attend(case: decode_cases.Case, **options: str) -> None:
+    """Attention of the case's queries, with a workspace of few pages."""
+    out = torch.empty_like(case.query)
+    CudaOps(prefill_mib=1, **options).attend(case.query, case.batch, case.cache, case.scale, out)
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         take_extension(sys.argv[1])
@@ -34,21 +40,15 @@ def main() -> None:
     for axis, sparse in (("channel", (4, 2)), ("token", (3, 4))):
         case = decode_cases.make_case([1100, 40, 513], [1, 3, 16], d=64, axis=axis, sparse=sparse)
         for kernel in levels.able(levels.DECODE, capability, torch.bfloat16, case.layout):
-            ops = CudaOps(prefill_mib=1, decode_kernel=kernel)
-            out = torch.empty_like(case.query)
-            ops.attend(case.query, case.batch, case.cache, case.scale, out)
+            attend(case, decode_kernel=kernel)
         # With 64 channels a chunk's own pages and window fit into a workspace of 1 MiB, with 128 the kernel reads all.
         d = 64 if axis == "channel" else 128
         case = decode_cases.make_case([1100, 40, 700], [300, 17, 90], d=d, group=3, axis=axis, sparse=sparse)
         for kernel in levels.able(levels.LEVELS, capability, torch.bfloat16, case.layout):
-            ops = CudaOps(prefill_mib=1, prefill_kernel=kernel)
-            out = torch.empty_like(case.query)
-            ops.attend(case.query, case.batch, case.cache, case.scale, out)
+            attend(case, prefill_kernel=kernel)
         # Three slabs of older pages, and a piece of the chunk beside each.
         case = decode_cases.make_case([1, 5900], [1, 700], d=64, axis=axis, sparse=sparse)
-        CudaOps(prefill_mib=1, prefill_kernel=levels.EXPAND).attend(
-            case.query, case.batch, case.cache, case.scale, torch.empty_like(case.query)
-        )
+        attend(case, prefill_kernel=levels.EXPAND)
         layout = PageLayout(64, 2, *sparse, axis, 1, True)
         engine = Engine(layout, torch.bfloat16, ReadRule(256), 2, 2, "cuda", blocks=30, rescale=True, ops=CudaOps())
         seq = engine.sequence(600)

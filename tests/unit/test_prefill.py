@@ -11,8 +11,8 @@ from serving import Engine
 
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
 from hierasparse_vllm.ops.cache import LayerCache
-from hierasparse_vllm.ops.cuda import prefill
-from hierasparse_vllm.ops.cuda.beside import FEW, FEWEST_CTAS, decode_ctas, decode_tokens
+from hierasparse_vllm.ops.cuda import _Work, prefill
+from hierasparse_vllm.ops.cuda.beside import FEW, FEWEST_CTAS, decode_ctas
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan, page_tiles
 from hierasparse_vllm.ops.reference import ReferenceOps, attention, codec
 from hierasparse_vllm.page import PageLayout
@@ -310,7 +310,8 @@ def test_decode_beside_a_prefill_takes_few_ctas_or_all():
     e = engine((4,))
     a, b, c = (e.sequence(n) for n in (400, 90, 30))
     batch = e.batch([(a, 300), (b, 16), (c, 1), (a, 0)])
-    assert decode_tokens(batch, LONGEST_DECODE) == 17
+    work = _Work.of(batch, 4, None)
+    assert (work.longest, work.decoded, work.pairs) == (16, 17, 300 * 300)
 
 
 def test_lengths_come_from_the_host_where_vllm_tells_them():

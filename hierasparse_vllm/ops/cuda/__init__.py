@@ -11,7 +11,7 @@ from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
 from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import levels, library, prefill
-from hierasparse_vllm.ops.cuda.beside import decode_ctas, decode_tokens
+from hierasparse_vllm.ops.cuda.beside import decode_ctas
 from hierasparse_vllm.ops.cuda.buffers import buffers
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, Plan, long_requests, make_plan
 from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
@@ -43,10 +43,11 @@ class _Work(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, room: int, grid: Grid | None) -> _Work:
         queries, long = batch.query_start.diff(), long_requests(batch, LONGEST_DECODE)
-        others = queries[queries <= LONGEST_DECODE]
+        others = (queries > 0) & (queries <= LONGEST_DECODE)
         plan = make_plan(batch, long, room, grid) if long else None
-        decoded = decode_tokens(batch, LONGEST_DECODE) if long else 0  # nothing else asks
-        return cls(plan, int(others.max()) if len(others) else 0, decoded, sum(r.queries * r.length for r in long))
+        longest = int(queries[others].max()) if others.any() else 0
+        decoded = int(batch.lengths[others].sum()) if long else 0  # nothing else asks
+        return cls(plan, longest, decoded, sum(r.queries * r.length for r in long))
 
 
 class CudaOps:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from hierasparse_vllm.ops.batch import Batch
-
 OPERATIONS_PER_BYTE = 150
 """Of FlashAttention-3, in the time in which the memory delivers a byte (H200: 600 TFLOP/s, 4 TB/s)."""
 FEWEST_CTAS = 8
@@ -75,9 +73,3 @@ def decode_ctas(read: int, operations: int, most: int) -> int:
     """
     n = max(FEWEST_CTAS, -(-most * read * OPERATIONS_PER_BYTE // operations))
     return n if FEW * n <= most else most
-
-
-def decode_tokens(batch: Batch, longest_decode: int) -> int:
-    """Tokens of the requests with 1 to ``longest_decode`` queries."""
-    queries = batch.query_start.diff()
-    return int(batch.lengths()[(queries > 0) & (queries <= longest_decode)].sum())

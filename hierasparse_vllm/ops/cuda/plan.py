@@ -207,7 +207,7 @@ def long_requests(batch: Batch, longest_decode: int) -> list[Request]:
     index = [i for i in range(len(starts) - 1) if starts[i + 1] - starts[i] > longest_decode]
     if not index:
         return []
-    lengths = batch.lengths().tolist()
+    lengths = batch.lengths.tolist()
     out = [Request(i, starts[i], lengths[i] - (starts[i + 1] - starts[i]), lengths[i]) for i in index]
     return [r for r in out if r.computed >= 0]
 
