@@ -3,7 +3,7 @@
 something behind that makes other kernels draw more.
 
     python benchmarks/power.py layer     # products of a layer, each attention, and both together
-    python benchmarks/power.py decode    # decode of three requests beside a prefill, by the number of its CTAs
+    python benchmarks/power.py decode    # decode of other requests behind a prefill or beside it
     python benchmarks/power.py behind    # one product of matrices, again and again, behind a launch of each kernel
 
 Shapes are those of Llama-3.1-8B and chunks of 8,192 tokens.  At the power limit, energy is time: what takes longer in a
@@ -13,6 +13,7 @@ mix than in its parts drew more there.  A minute at most on an H200.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +27,14 @@ from meters import Meter, over_and_over, yardstick
 from hierasparse_vllm.bench import cases, kernels, rivals
 from hierasparse_vllm.bench.caches import Caches
 from hierasparse_vllm.bench.timing import Run
-from hierasparse_vllm.ops import cuda
 from hierasparse_vllm.ops.cuda import prefill
 
 ROWS = 8192
 LAYER = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 """Depth and columns of a layer's products."""
 CONTEXTS = 8192, 65536, 106496
-DECODED, CTAS = 3, (8, 16, 32, 64, 264)
-"""Requests that decode beside a prefill, and by how many CTAs; the last fill an H200."""
+DECODED = 3
+"""Requests that decode in a step with a prefill."""
 STOCK_PAGE, OUR_PAGE = 16, 256
 """Tokens per page: vLLM's default, and what `expand` gives FlashAttention."""
 SETTLE, SECONDS = 0.4, 1.0
@@ -109,7 +109,8 @@ def layer(device: torch.device) -> None:
 
 
 def decode(device: torch.device) -> None:
-    """What decode costs beside a prefill, all with the same tokens."""
+    """What decode costs in a step with a prefill, all with the same tokens: behind it, as our ops run it, and beside
+    it, on the second stream."""
     multiply = products(device)
     measure("products", multiply)
     case = replace(case_named("chunk8192-ctx8192-expand"), tokens=CONTEXTS[1], batch=DECODED + 1)
@@ -117,28 +118,32 @@ def decode(device: torch.device) -> None:
     caches = Caches(case, ops, device)
     (step,) = caches.steps
 
-    def attending(decoded: int, *rows: int) -> Run:
-        """Attention of so many requests with one query each; then of one with the rest of ``rows``, if given."""
-        start = torch.tensor([*range(decoded + 1), *rows], dtype=torch.int32)
-        requests = slice(len(step.batch.seq_lens) - len(start) + 1, None)
+    def attending(*queries: int) -> Run:
+        """Attention of requests with so many queries each: the step's last ones."""
+        start = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+        requests = slice(DECODED + 1 - len(queries), None)
         batch = replace(
             step.batch, query_start=start, query_start_device=start.to(device), derived={},
             seq_lens=step.batch.seq_lens[requests], host_lens=step.batch.host_lens[requests],
             page_table=step.batch.page_table[requests].contiguous(),
             window_table=step.batch.window_table[requests].contiguous(),
         )  # fmt: skip
-        all_rows = slice(int(start[-1]))
-        return lambda: ops.attend(step.query[all_rows], batch, caches.cache, case.scale, step.out[all_rows])
+        query = step.query[: int(start[-1])]
+        out = torch.empty_like(query)
+        return lambda: ops.attend(query, batch, caches.cache, case.scale, out)
 
-    measure(f"decode of {DECODED} alone", attending(DECODED))
-    chunk = attending(0, ROWS)
-    measure("products and the chunk", lambda: (multiply(), chunk()))
-    rule = cuda.decode_ctas
-    for ctas in CTAS:
-        cuda.decode_ctas = lambda *_, n=ctas: n
-        both = attending(DECODED, ROWS)
-        measure(f"products, the chunk, decode by {ctas}", lambda run=both: (multiply(), run()))
-    cuda.decode_ctas = rule
+    def beside() -> None:
+        other = prefill.Beside(device, [])
+        other.begin()
+        other.run(decoding)
+        chunk()
+        other.end()
+
+    decoding, chunk = attending(*[1] * DECODED), attending(ROWS)
+    measure(f"decode of {DECODED} alone", decoding)
+    both = attending(*[1] * DECODED, ROWS)
+    for name, run in {"the chunk": chunk, "both in a step": both, "both, decode beside": beside}.items():
+        measure(f"products, {name}", lambda run=run: (multiply(), run()))
 
 
 def behind(device: torch.device) -> None:

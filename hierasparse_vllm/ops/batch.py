@@ -103,8 +103,7 @@ class Batch:
     query_start_device : Tensor or None, int32 [R + 1]
         ``query_start`` on the device, for ops that decide nothing on the host.
     host_lens : Tensor or None, int32 [R]
-        ``seq_lens`` on the host; exact for requests with more queries than a decode step has, for others perhaps a few
-        too many.
+        ``seq_lens`` on the host; exact for requests with more queries than a decode step has, which alone look here.
     derived : dict
         What ops derive from the batch once per step, for all layers.
     """
@@ -119,11 +118,6 @@ class Batch:
     query_start_device: torch.Tensor | None = None
     host_lens: torch.Tensor | None = None
     derived: dict = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def lengths(self) -> torch.Tensor:
-        """``host_lens``; where vLLM does not tell them, the host waits for the device."""
-        return self.seq_lens.cpu() if self.host_lens is None else self.host_lens
 
     @cached_property
     def requests(self) -> list[Request]:

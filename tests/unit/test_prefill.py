@@ -9,10 +9,9 @@ import pytest
 import torch
 from serving import Engine
 
-from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
+from hierasparse_vllm.ops.batch import LONGEST_DECODE, ReadRule
 from hierasparse_vllm.ops.cache import LayerCache
-from hierasparse_vllm.ops.cuda import _Work, prefill
-from hierasparse_vllm.ops.cuda.beside import FEW, FEWEST_CTAS, decode_ctas
+from hierasparse_vllm.ops.cuda import prefill
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, long_requests, make_plan, page_tiles
 from hierasparse_vllm.ops.reference import ReferenceOps, attention, codec
 from hierasparse_vllm.page import PageLayout
@@ -87,7 +86,7 @@ class PlannedOps(ReferenceOps):
     """
 
     def __init__(self, how):
-        self.how, self.calls, self.beside = how, 0, 0
+        self.how, self.calls = how, 0
         self.splits = []  # rows of each head that a call of FlashAttention has, and how it may split
 
     def attend(self, query, batch, cache, scale, out):
@@ -121,14 +120,7 @@ class PlannedOps(ReferenceOps):
                 self.splits.append((len(q) * q.shape[1], num_splits))
                 return flash(q, *args, **kw)
 
-            beside = [lambda: self.decode(query, batch, cache, scale, out)] if plan.alone else []
-            self.beside += len(beside)
-            arguments = (query, cache.window, expand, tuple(workspace), fused, scale, SMS, out, *beside)
-            prefill.attend(plan, recorded, *arguments)
-        if not requests or not beside:
-            self.decode(query, batch, cache, scale, out)
-
-    def decode(self, query, batch: Batch, cache: LayerCache, scale, out):
+            prefill.attend(plan, recorded, query, cache.window, expand, tuple(workspace), fused, scale, SMS, out)
         for request in batch.requests:
             if request.queries <= LONGEST_DECODE:
                 rows = slice(request.first_row, request.first_row + request.queries)
@@ -182,7 +174,7 @@ def test_chunks_decodes_and_several_prefills(how, window, chunk):
     e.checked_step([(d, 300), (a, 1), (b, 700), (a, 0), (c, 3), (c, 0)], F32)
     e.checked_step([(b, 2), (c, 20), (a, 16), (b, 0)], F32)
     e.checked_step([(c, 600), (a, 483), (b, 681)], F32)
-    assert e.ops.calls > 1 and 0 < e.ops.beside < 5, "decodes lie between prefills in some steps"
+    assert e.ops.calls > 1
     # Only what leaves SMs without work may be split.
     assert all(n == (rows >= 128 * SMS) for rows, n in e.ops.splits) and len({n for _, n in e.ops.splits}) == 2
 
@@ -235,7 +227,7 @@ def test_a_piece_of_the_chunk_runs_beside_each_slab():
     for slabs, seq.computed in ((1, 3000), (2, 5500), (3, 8000)):
         batch = e.batch([(seq, queries)])
         plan = make_plan(batch, long_requests(batch, LONGEST_DECODE), room)
-        assert len(plan.parts) == len(plan.dense) == slabs and plan.rows == slice(0, queries) and plan.alone
+        assert len(plan.parts) == len(plan.dense) == slabs and plan.rows == slice(0, queries)
         assert [call.pages is None for call in plan.dense] == [False] + [True] * (slabs - 1)
         rows = [call.rows for call in reversed(plan.dense)]
         assert [r.start for r in rows] == [0] + [r.stop for r in rows[:-1]]
@@ -295,23 +287,6 @@ def test_splits_fill_whole_waves():
     assert splits(1, 3) == 1
     assert splits(1, 500, room=3 * 48 << 13) == 3, "no more memory"
     assert splits(1, 500, room=1) == 1
-
-
-def test_decode_beside_a_prefill_takes_few_ctas_or_all():
-    """132 SMs with two CTAs each, 32 heads of 128 channels, chunks of 8,192 tokens."""
-
-    def ctas(decoded, keys, queries=8192):
-        return decode_ctas(decoded * 2332, 4 * 128 * 32 * queries * keys, 264)
-
-    assert ctas(120_000, 60_000) == FEWEST_CTAS, "done long before"
-    assert FEWEST_CTAS < ctas(6 * 120_000, 40_000) <= 264 // FEW
-    assert ctas(16 * 120_000, 40_000) == 264, "more than a few would be needed"
-    assert ctas(32 * 8192, 4096, queries=256) == 264, "the prefill is the shorter one"
-    e = engine((4,))
-    a, b, c = (e.sequence(n) for n in (400, 90, 30))
-    batch = e.batch([(a, 300), (b, 16), (c, 1), (a, 0)])
-    work = _Work.of(batch, 4, None)
-    assert (work.longest, work.decoded, work.pairs) == (16, 17, 300 * 300)
 
 
 def test_lengths_come_from_the_host_where_vllm_tells_them():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,10 +10,9 @@ from hierasparse_vllm import compat, extension
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch
 from hierasparse_vllm.ops.cache import LayerCache
 from hierasparse_vllm.ops.cuda import levels, library, prefill
-from hierasparse_vllm.ops.cuda.beside import decode_ctas
 from hierasparse_vllm.ops.cuda.buffers import buffers
 from hierasparse_vllm.ops.cuda.plan import MOST_SPLITS, Grid, Plan, long_requests, make_plan
-from hierasparse_vllm.page import PAGE_TOKENS, PageLayout
+from hierasparse_vllm.page import PageLayout
 from hierasparse_vllm.policy import LayerPolicy
 
 
@@ -30,24 +28,6 @@ class _Tables(NamedTuple):
         keys = policy.key.grouping
         weight = None if keys.weight is None else keys.weight.float().contiguous()
         return cls(policy, keys.order.int().contiguous(), weight)
-
-
-class _Work(NamedTuple):
-    """What a step's lengths tell on the host, once for all layers."""
-
-    plan: Plan | None  # of requests with more queries than `LONGEST_DECODE`
-    longest: int  # queries of the others; 0: there are none
-    decoded: int  # tokens that these read
-    pairs: int  # queries times keys of the plan's requests, at most
-
-    @classmethod
-    def of(cls, batch: Batch, room: int, grid: Grid | None) -> _Work:
-        queries, long = batch.query_start.diff(), long_requests(batch, LONGEST_DECODE)
-        others = (queries > 0) & (queries <= LONGEST_DECODE)
-        plan = make_plan(batch, long, room, grid) if long else None
-        longest = int(queries[others].max()) if others.any() else 0
-        decoded = int(batch.lengths[others].sum()) if long else 0  # nothing else asks
-        return cls(plan, longest, decoded, sum(r.queries * r.length for r in long))
 
 
 class CudaOps:
@@ -124,20 +104,8 @@ class CudaOps:
         step = library.batch_arguments(batch)
         how = len(self._expanded[0]), self._grid(query)
         if ("work", how) not in batch.derived:
-            batch.derived["work", how] = _Work.of(batch, *how)
-        plan, longest, decoded, pairs = batch.derived["work", how]
-
-        def decode(ctas: int = self._buffers.ctas) -> None:
-            torch.ops.hierasparse.decode(
-                *step, *caches, query, out, scale,
-                longest, ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
-            )  # fmt: skip
-
-        beside = None
-        if longest > 0 and plan is not None and plan.alone:
-            read = decoded * cache.layout.page_bytes(cache.window.shape[1]) // PAGE_TOKENS
-            operations = 4 * pairs * query.shape[1] * query.shape[2]
-            beside = partial(decode, decode_ctas(read, operations, self._buffers.ctas))
+            batch.derived["work", how] = _work(batch, *how)
+        plan, longest = batch.derived["work", how]
         if plan is not None:
 
             def expand(*arguments):
@@ -150,11 +118,15 @@ class CudaOps:
             if self._flash is None:
                 self._flash = compat.flash_attention(cache.layout.head_size)
             prefill.attend(
-                plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, self._buffers.sms, out,
-                beside,
+                plan, self._flash, query, cache.window, expand, self._expanded, fused, scale, self._buffers.sms, out
+            )
+        # Behind a prefill, which writes rows of other requests that lie between its own; and beside it both would take
+        # longer (docs/kernels.md).
+        if longest:
+            torch.ops.hierasparse.decode(
+                *step, *caches, query, out, scale,
+                longest, self._buffers.ctas, self._expand_keys, self._buffers.workspace, self._buffers.counters,
             )  # fmt: skip
-        if longest and beside is None:
-            decode()
 
     def _grid(self, query: torch.Tensor) -> Grid | None:
         """What `make_plan` needs to know of the fused kernel, if there is one."""
@@ -173,3 +145,11 @@ class CudaOps:
         if self._tables is None or self._tables.policy is not cache.policy:
             self._tables = _Tables.of(cache.policy)
         return self._tables
+
+
+def _work(batch: Batch, room: int, grid: Grid | None) -> tuple[Plan | None, int]:
+    """The plan of requests with more queries than `LONGEST_DECODE`, if there are any; and the most queries of the
+    others, 0 if there are none.  Decided on the host, once per step for all layers."""
+    queries, long = batch.query_start.diff(), long_requests(batch, LONGEST_DECODE)
+    others = queries[queries <= LONGEST_DECODE]
+    return make_plan(batch, long, room, grid) if long else None, int(others.max()) if len(others) else 0

@@ -1,4 +1,4 @@
-"""What runs beside a prefill's longest kernels: a second stream, and decode with few CTAs."""
+"""What runs beside a prefill's longest kernels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-OPERATIONS_PER_BYTE = 150
-"""Of FlashAttention-3, in the time in which the memory delivers a byte (H200: 600 TFLOP/s, 4 TB/s)."""
-FEWEST_CTAS = 8
-FEW = 16
-"""Up to one in so many of the CTAs that fill the GPU are few."""
-
 
 class Beside:
-    """A second stream: for kernels that need few SMs, or take those that the last wave of a long one leaves idle.
+    """A second stream: for kernels that take the SMs which the last wave of a long one leaves idle.
 
     A kernel that fills the GPU keeps all SMs until its last wave, so what is launched there behind it runs then.
     What `run` launches waits for what was launched here before `begin`; what is launched here after `end` waits for it.
@@ -53,23 +47,3 @@ class Beside:
 def _second_stream(device: torch.device):
     """One for all layers on a device, which is the current one."""
     return torch.get_device_module(device).Stream()
-
-
-def decode_ctas(read: int, operations: int, most: int) -> int:
-    """CTAs of a decode launch that begins with a prefill.
-
-    Few, so that nearly all SMs are the prefill's from its beginning, and since each reads the faster the fewer there
-    are; but so many that decode is done first.  If few are not enough, it gets all, and the prefill waits for it: a
-    number between costs more than either (docs/kernels.md, `power.py decode`).
-
-    Parameters
-    ----------
-    read : int
-        Bytes that decode reads.
-    operations : int
-        Of the prefill's attention.
-    most : int
-        CTAs that fill the GPU.
-    """
-    n = max(FEWEST_CTAS, -(-most * read * OPERATIONS_PER_BYTE // operations))
-    return n if FEW * n <= most else most

@@ -123,11 +123,6 @@ class Plan:
     fused: Fused | None = None
 
     @property
-    def alone(self) -> bool:
-        """Whether no rows of other requests lie between the plan's: FlashAttention would write them."""
-        return all(call.merged is None for call in self.dense)
-
-    @property
     def rows(self) -> slice:
         """From the first row of all requests to the last."""
         return slice(self.dense[-1].rows.start, self.dense[0].rows.stop)
@@ -207,7 +202,8 @@ def long_requests(batch: Batch, longest_decode: int) -> list[Request]:
     index = [i for i in range(len(starts) - 1) if starts[i + 1] - starts[i] > longest_decode]
     if not index:
         return []
-    lengths = batch.lengths.tolist()
+    # vLLM tells lengths on the host; where it does not, the host waits for the device once a step.
+    lengths = (batch.seq_lens if batch.host_lens is None else batch.host_lens).tolist()
     out = [Request(i, starts[i], lengths[i] - (starts[i + 1] - starts[i]), lengths[i]) for i in index]
     return [r for r in out if r.computed >= 0]
 

@@ -21,7 +21,7 @@ MOST_AT_ONCE = 3
 
 
 def attend(
-    plan: Plan, flash, query, window, expand, workspace, fused, scale: float, sms: int, out: torch.Tensor, decode=None
+    plan: Plan, flash, query, window, expand, workspace, fused, scale: float, sms: int, out: torch.Tensor
 ) -> None:
     """Write the outputs of the plan's requests.
 
@@ -41,9 +41,6 @@ def attend(
     scale : float
     sms : int
         Multiprocessors of the device.
-    decode : callable or None
-        Launches attention of the step's other requests, first of all and beside the plan's; none of their rows may lie
-        between the plan's, which FlashAttention writes.
     """
     d = query.shape[2]
     keys, values = window[..., :d].transpose(1, 2), window[..., d:].transpose(1, 2)
@@ -72,25 +69,18 @@ def attend(
     def attend_dense(call: Call) -> torch.Tensor:
         return run(call, *dense_rows(), True, out[call.rows])[1]
 
-    if plan.fused is None and not plan.parts and decode is None:
+    if plan.fused is None and not plan.parts:
         attend_dense(plan.dense[0])
         return
     rows, lses = plan.rows, []
-    mine, merge_older = out[rows], None
-
+    mine = out[rows]
     beside = Beside(out.device, [lambda call=call: lses.append(attend_dense(call)) for call in plan.dense])
-    beside.begin()
-    if decode is not None:
-        beside.run(decode)
     if plan.fused is not None:
         merge_older = attend_pages(plan.fused, query, fused, mine, rows.start, beside)
-    elif plan.parts:
-        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside)
     else:
-        attend_dense(plan.dense[0])
+        merge_older = attend_expanded(plan.parts, run, query, expand, workspace, mine, rows.start, beside)
     beside.end()
-    if merge_older is not None:
-        merge_older(lses[0] if len(lses) == 1 else torch.cat(lses[::-1], dim=1))
+    merge_older(lses[0] if len(lses) == 1 else torch.cat(lses[::-1], dim=1))
 
 
 Merge = Callable[[torch.Tensor], None]
