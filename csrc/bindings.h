@@ -6,9 +6,9 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 
+#include "common/require.h"
 #include "params.h"
 
 namespace hierasparse {
@@ -16,10 +16,6 @@ namespace hierasparse {
 namespace py = pybind11;
 
 constexpr int kVectorBytes = 16;  // of the kernels' loads and stores
-
-inline void require(bool good, const std::string& sentence) {
-  if (!good) throw py::value_error(sentence + ".");
-}
 
 // The address as a pointer; `align` is what the kernels' accesses need.
 template <typename T>

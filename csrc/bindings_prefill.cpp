@@ -54,7 +54,7 @@ void prefill(const std::string& level, const Batch& batch, const Cache& cache, u
       lse_head_stride,
       heads,
       scale,
-      ints(k_order, "k_order"),
+      pointer<const int32_t>(k_order, "k_order", 2 * alignof(int32_t)),  // read two at a time
   };
   level_of(level).launch(params, reinterpret_cast<cudaStream_t>(stream));
 }

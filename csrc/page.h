@@ -79,6 +79,7 @@ struct PageLayout {
 };
 
 // ---- order of the values inside a sub-block --------------------------------------------------------------------
+// Kernels write most of these orders out, loop by loop; that they do it right, their own tests show.
 // A lane's eight values of an operand-A fragment (m16n8k16, or m16n8k32 with 2:4) are contiguous: 16 bytes.
 
 struct RowCol {

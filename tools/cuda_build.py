@@ -78,6 +78,8 @@ def wanted_targets() -> tuple[str, ...]:
     for target in wish:
         if not re.fullmatch(r"\d{2,3}[af]?", target):
             raise BuildError(f'HIERASPARSE_CUDA_ARCHS: {target!r} is no architecture; an example is "80 90a".')
+        if target == "90":  # its kernels would be there, and do nothing but stop the GPU
+            raise BuildError("HIERASPARSE_CUDA_ARCHS: 90 lacks the wgmma instructions that kernels use; write 90a.")
     return tuple(wish) or TARGETS
 
 

@@ -11,6 +11,7 @@ namespace hierasparse {
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be taken for a failed one
     throw std::runtime_error("HieraSparse: the CUDA device cannot be asked for its properties.");
   }
   return value;

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "../params.h"
+#include "require.h"
 
 namespace hierasparse {
 
@@ -37,8 +38,8 @@ cudaError_t with_head_size(int head_size, const char* kernel, F f) {
     case 256:
       return f(std::integral_constant<int, 256>{});
     default:
-      throw std::runtime_error(std::string("HieraSparse: ") + kernel + " has head sizes 64, 128 and 256, not " +
-                               std::to_string(head_size) + ".");
+      require(false, std::string(kernel) + " has head sizes 64, 128 and 256, not " + std::to_string(head_size));
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -49,6 +50,7 @@ cudaError_t with_flag(bool flag, F f) {
 
 inline void check_launched(cudaError_t error, const char* kernel) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be taken for a failed one
     throw std::runtime_error(std::string("HieraSparse: ") + kernel + " was not launched: " + cudaGetErrorString(error) +
                              ".");
   }

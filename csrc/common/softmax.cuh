@@ -9,8 +9,8 @@ namespace hierasparse {
 
 // In place of -inf, so that no difference of two maxima is NaN; below any score that a model makes.
 constexpr float kNoMaximum = -1e30f;
-// The maximum may be stale by this much (in powers of two): P and O are float32 and bfloat16 or at most 2^8, so only
-// their common factor changes, and most items need neither shuffles nor a rescaling.
+// The maximum may be stale by this much (in powers of two): then P is at most 2^8, which float16 holds, too, as float32
+// holds O and the sums; only their common factor changes, and most items need neither shuffles nor a rescaling.
 constexpr float kStale = 8.f;
 
 template <int kD, int kTiles>

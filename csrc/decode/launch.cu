@@ -55,18 +55,9 @@ void launch_decode(const DecodeParams& params, cudaStream_t stream) {
   p.group = p.heads / p.cache.kv_heads;
   p.head_bytes = p.cache.layout.head_bytes();
   p.scale_log2 = p.scale * kLog2E;
-  if (p.heads % p.cache.kv_heads != 0) {
-    throw std::runtime_error("HieraSparse: " + std::to_string(p.heads) + " query heads are not a multiple of " +
-                             std::to_string(p.cache.kv_heads) + " KV heads.");
-  }
-  if (p.max_query_len < 1 || p.max_query_len > kMaxQueryLen) {
-    throw std::runtime_error("HieraSparse: decode takes 1 to " + std::to_string(kMaxQueryLen) +
-                             " queries per request, not " + std::to_string(p.max_query_len) + ".");
-  }
-  if (p.expand_keys && p.cache.value_axis_token) {
-    throw std::runtime_error("HieraSparse: expand_keys of decode needs V's groups of four along channels.");
-  }
-  if (!(p.scale > 0.f)) throw std::runtime_error("HieraSparse: the scale of the logits must be positive.");
+  require(!p.expand_keys || !p.cache.value_axis_token, "expand_keys of decode needs V's groups of four along channels");
+  require(p.batch.window_block % decode::kPiece == 0, "window_block of decode must be a multiple of 16");
+  require(p.scale > 0.f, "the scale of the logits must be positive");
   if (p.batch.requests == 0) return;
   const cudaError_t error = with_dtype(p.cache.dtype, [&](auto dtype) {
     return with_head_size(p.cache.layout.head_size, "decode", [&](auto d) {

@@ -10,7 +10,7 @@ namespace hierasparse {
 int decode_ctas();
 
 // Attention of every request with 1 to max_query_len queries over its pages and window; writes their rows of `out`.
-// Throws std::runtime_error with a sentence for what it cannot do.
+// Throws std::invalid_argument for what it cannot do, and std::runtime_error for CUDA errors.
 void launch_decode(const DecodeParams& params, cudaStream_t stream);
 
 }  // namespace hierasparse

@@ -10,7 +10,7 @@ void launch_expand(const ExpandParams& params, cudaStream_t stream) {
       int64_t{params.count} * expand::kParts + int64_t{params.block_count} * params.window_block / kSubTokens;
   const int64_t ctas = of_head * params.cache.kv_heads;
   if (ctas == 0) return;
-  if (ctas > INT32_MAX) throw std::runtime_error("HieraSparse: expand got more pages than fit into one launch.");
+  require(ctas <= INT32_MAX, "expand got more pages than fit into one launch");
   const cudaError_t error = with_dtype(params.cache.dtype, [&](auto dtype) {
     return with_head_size(params.cache.layout.head_size, "expand", [&](auto d) {
       const auto kernel = expand::expand_pages<typename decltype(dtype)::type, decltype(d)::value>;
@@ -23,11 +23,8 @@ void launch_expand(const ExpandParams& params, cudaStream_t stream) {
 
 void launch_merge(const MergeParams& params, cudaStream_t stream) {
   if (params.count == 0) return;
-  if (params.head_size != 64 && params.head_size != 128 && params.head_size != 256) {
-    throw std::runtime_error("HieraSparse: merge takes head sizes 64, 128 and 256.");
-  }
   const int64_t ctas = int64_t{params.count} * merge::ctas_of_row(params);
-  if (ctas > INT32_MAX) throw std::runtime_error("HieraSparse: merge got more rows than fit into one launch.");
+  require(ctas <= INT32_MAX, "merge got more rows than fit into one launch");
   const cudaError_t error = with_dtype(params.dtype, [&](auto dtype) {
     const auto kernel = merge::kernel_for<typename decltype(dtype)::type>(params);
     kernel<<<static_cast<unsigned>(ctas), merge::kThreads, 0, stream>>>(params);

@@ -6,7 +6,7 @@
 
 namespace hierasparse {
 
-// Both throw std::runtime_error for arguments that they cannot serve and for CUDA errors.
+// Both throw std::invalid_argument for what they cannot do, and std::runtime_error for CUDA errors.
 void launch_expand(const ExpandParams& params, cudaStream_t stream);
 void launch_merge(const MergeParams& params, cudaStream_t stream);
 

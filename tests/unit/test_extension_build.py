@@ -102,7 +102,7 @@ def test_wrong_arguments_are_refused_in_a_sentence(built):
                 print(name, "|", error)
         try:
             _C.decode(step, _C.Cache(**cache | {"value_axis": "token"}), **good | {"expand_keys": True})
-        except RuntimeError as error:
+        except ValueError as error:
             print("expand_keys", "|", error)
     """
     lines = [line.split(" | ") for line in run_with_module(built[0], code)]
@@ -205,6 +205,9 @@ def test_targets_and_compiler_come_from_the_environment(tree, monkeypatch):
     assert cuda_build.wanted_targets() == ("80", "90a")
     monkeypatch.setenv("HIERASPARSE_CUDA_ARCHS", "sm_80")
     with pytest.raises(cuda_build.BuildError, match="'sm_80' is no architecture"):
+        cuda_build.wanted_targets()
+    monkeypatch.setenv("HIERASPARSE_CUDA_ARCHS", "80 90")
+    with pytest.raises(cuda_build.BuildError, match="90 lacks the wgmma instructions .* write 90a"):
         cuda_build.wanted_targets()
     monkeypatch.setenv("CUDA_HOME", str(tree))
     assert cuda_build.find_nvcc() == str(tree / "bin" / "nvcc")

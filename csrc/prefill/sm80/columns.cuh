@@ -33,11 +33,6 @@ class Columns {
 
   __device__ __forceinline__ const Work& work() const { return work_; }
   __device__ __forceinline__ bool any() const { return first_ < work_.tile.queries * group_; }
-  // The borders of the warp's first and last query.
-  __device__ __forceinline__ int low() const { return border(0); }
-  __device__ __forceinline__ int high() const {
-    return border_of(p_, work_.tile, min(work_.tile.queries - 1, (first_ + 8 * kTiles - 1) / group_));
-  }
   __device__ __forceinline__ int border(int column) const {
     return border_of(p_, work_.tile, (first_ + column) / group_);
   }

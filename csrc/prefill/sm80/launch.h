@@ -10,7 +10,7 @@ namespace hierasparse {
 int prefill_sm80_columns(int head_size);
 
 // Attention of every tile over its pages, by mma.sp: for all layouts, on every GPU since sm_80.
-// Throws std::runtime_error with a sentence for what it cannot do.
+// Throws std::invalid_argument for what it cannot do, and std::runtime_error for CUDA errors.
 void launch_prefill_sm80(const PrefillParams& params, cudaStream_t stream);
 
 }  // namespace hierasparse

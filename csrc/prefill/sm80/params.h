@@ -39,7 +39,8 @@ struct Arguments {
     key_bytes = layout.sparse_k == kSubs ? layout.sparse_bytes() : layout.dense_bytes();
     pair_bytes = key_bytes + (layout.sparse_v == kSubs ? layout.sparse_bytes() : layout.dense_bytes());
     pairs = ring_bytes / pair_bytes < kMaxPairs ? ring_bytes / pair_bytes : kMaxPairs;
-    // A stage is filled again two sub-blocks after its last use, so that nobody waits for the slowest warp.
+    // Of more than three stages each is filled again two sub-blocks after its last use, so that nobody waits for the
+    // slowest warp.
     keys_ahead = values_ahead = pairs > 3 ? pairs - 2 : 1;
     if (pairs == 1) values_ahead = 0;
   }

@@ -14,7 +14,7 @@ struct Operand {
   uint32_t metadata[kD / 64];
 };
 
-// 2^x within 1e-4 of it, without the unit for such functions, which is the limit otherwise; 0 for -infinity.
+// 2^x within 1e-4 of it, without the unit for such functions, which is the limit otherwise; 0 for -infinity and NaN.
 // At 128 and above: infinite, NaN, or above 2^126.
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float kRound = 0x1.8p23f;

@@ -8,7 +8,7 @@
 namespace hierasparse {
 
 // Attention of all tiles over their pages, for bfloat16, head sizes 64 and 128, V along tokens, on sm_90a.
-// Throws std::runtime_error with a sentence for what it cannot do.
+// Throws std::invalid_argument for what it cannot do, and std::runtime_error for CUDA errors.
 void launch_prefill_sm90(const PrefillParams& params, cudaStream_t stream);
 
 }  // namespace hierasparse

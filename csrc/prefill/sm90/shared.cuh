@@ -17,6 +17,7 @@ constexpr int kFragment = 512;  // bytes of a warp's operand-A fragment
 constexpr int kRowBytes = 128;  // of operand B in shared memory
 
 // Named barriers.  Threads meet at one in one place of the code, or synccheck complains; elsewhere they use mbarriers.
+// Consumers in turns wait at one place and arrive at another: tests/gpu/small_shapes.py does not run them.
 enum : int {
   kTurn = 1,   // and two behind it: a consumer's turn at the tensor cores
   kGroup = 4,  // and two behind it: one consumer

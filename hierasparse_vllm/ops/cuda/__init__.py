@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ class CudaOps:
         Option ``prefill_workspace_mib``.
     prefill_kernel, decode_kernel : str
         Options of that name.
+    flash : callable or None
+        `compat.flash_attention`; None asks for it at the first prefill, since storing and decoding need no vLLM.
 
     Attributes
     ----------
@@ -59,11 +62,12 @@ class CudaOps:
         prefill_mib: int = 256,
         prefill_kernel: str = levels.AUTO,
         decode_kernel: str = levels.AUTO,
+        flash: Callable | None = None,
     ):
         self.count: torch.Tensor | None = None
         self._prefill_mib, self._prefill_kernel, self._decode_kernel = prefill_mib, prefill_kernel, decode_kernel
         self._shape, self._tables = None, None
-        self._flash = None  # vLLM's, at the first prefill: storing and decoding need no vLLM
+        self._flash = flash
         if device is not None:
             self._prepare(device, layout, kv_heads, dtype)
 
@@ -77,7 +81,7 @@ class CudaOps:
         decode, _ = levels.choose(self._decode_kernel, capability, dtype, layout, "decode_kernel")
         self._expand_keys = decode == levels.MMA
         self._buffers = buffers(device, layout.head_size, kv_heads, dtype, self._prefill_mib)
-        self._expanded = self._buffers.expanded_pages(kv_heads, layout.head_size, dtype)
+        self._expanded = self._buffers.expanded_pages(kv_heads, layout.head_size, dtype, self._prefill_mib)
         if self.count is None:
             self.count = torch.zeros(1, dtype=torch.int64, device=device)
 

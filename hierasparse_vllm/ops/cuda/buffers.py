@@ -3,7 +3,8 @@ CUDA graph is captured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import weakref
+from dataclasses import dataclass
 
 import torch
 
@@ -35,10 +36,12 @@ class Buffers:
     counters: torch.Tensor
     expanded: torch.Tensor
 
-    def expanded_pages(self, kv_heads: int, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """As many dense pages of a layer as fit: K and V [pages, 256, H, D]."""
+    def expanded_pages(
+        self, kv_heads: int, head_size: int, dtype: torch.dtype, mib: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As many dense pages of a layer as fit into ``mib`` mebibytes, at least one: K and V [pages, 256, H, D]."""
         page = kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
-        n = len(self.expanded) // (2 * page)
+        n = max(1, (mib << 20) // (2 * page))
         return dense_pages(self.expanded[: 2 * n * page].view(dtype), n, kv_heads, head_size)
 
 
@@ -51,7 +54,8 @@ def dense_pages(memory: torch.Tensor, pages: int, kv_heads: int, head_size: int)
     return k, v
 
 
-_BUFFERS: dict[torch.device, Buffers] = {}
+_BUFFERS: weakref.WeakValueDictionary[torch.device, Buffers] = weakref.WeakValueDictionary()
+"""Of the engines in this process: gone with the last layer that uses them."""
 
 
 def buffers(device: torch.device, head_size: int, kv_heads: int, dtype: torch.dtype, prefill_mib: int) -> Buffers:
@@ -78,4 +82,4 @@ def buffers(device: torch.device, head_size: int, kv_heads: int, dtype: torch.dt
             # Zeros: FlashAttention may load rows beyond a sequence's end and multiply them with a weight of zero.
             torch.zeros(room[1], dtype=torch.uint8, device=device),
         )
-    return replace(have, expanded=have.expanded[:dense])
+    return have

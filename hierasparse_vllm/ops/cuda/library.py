@@ -13,6 +13,7 @@ import torch
 from hierasparse_vllm import extension
 from hierasparse_vllm.ops.batch import Batch, ReadRule
 from hierasparse_vllm.ops.cache import LayerCache
+from hierasparse_vllm.page import PAGE_TOKENS
 
 _BATCH = "Tensor query_start, Tensor seq_lens, Tensor page_table, Tensor window_table, int[] step"
 _CACHE = "Tensor pages, Tensor window, int[] layout, Tensor k_order"
@@ -63,8 +64,14 @@ def _operator(schema: str):
 
     def register(function):
         name = schema.split("(")[0]
+
+        @functools.wraps(function)
+        def on_device(tensor, *args, **kwargs):
+            with torch.cuda.device(tensor.device):  # kernels are launched on the current one
+                function(tensor, *args, **kwargs)
+
         _LIBRARY.define(f"{schema} -> ()")
-        _LIBRARY.impl(name, function, "CUDA")
+        _LIBRARY.impl(name, on_device, "CUDA")
         torch.library.register_fake(f"hierasparse::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
         return function
 
@@ -75,23 +82,52 @@ def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def _dtype(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _wrong(sentence: str) -> ValueError:
+    return ValueError(f"HieraSparse: {sentence}.")
+
+
+def _check_list(name: str, x: torch.Tensor, dtype: torch.dtype, least: int = 0) -> None:
+    if x.dtype != dtype or not x.is_contiguous() or x.numel() < least:
+        raise _wrong(f"{name} must be contiguous {_name(dtype)} with at least {least} entries")
 
 
 def _row_strides(x: torch.Tensor) -> tuple[int, int]:
     """Bytes from a row, and from a head, of [rows, heads, D] to the next."""
-    assert x.stride(2) == 1, "the channels of a head lie side by side"
+    if x.stride(2) != 1:
+        raise _wrong("the channels of a head must lie side by side")
     return x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
 
 
+class _Rows:
+    """What rows [n, heads, D] must be that a kernel reads or writes beside a layer's caches."""
+
+    def __init__(self, window: torch.Tensor):
+        self.dtype, self.kv_heads, self.head_size = window.dtype, window.shape[1], window.shape[3] // 2
+
+    def strides(self, name: str, x: torch.Tensor, heads: int, rows: int = 0) -> tuple[int, int]:
+        """Bytes from a row, and from a head, of ``x`` to the next; it must have so many heads and ``rows`` at least."""
+        if x.dtype != self.dtype or x.shape[1:] != (heads, self.head_size) or len(x) < rows:
+            raise _wrong(
+                f"{name} must be {_name(self.dtype)} [rows, {heads}, {self.head_size}] with at least {rows} rows, "
+                f"not {_name(x.dtype)} {list(x.shape)}"
+            )
+        return _row_strides(x)
+
+
 def _structs(function):
-    """Let ``function(batch, cache, k_order, ...)``, of the extension's structs, take the arguments of an operator."""
+    """Let ``function(batch, cache, rows, k_order, ...)``, of the extension's structs and `_Rows`, take the arguments of
+    an operator."""
 
     @functools.wraps(function)
-    def call(query_start, seq_lens, page_table, window_table, step, pages, window, layout, *arguments):
+    def call(query_start, seq_lens, page_table, window_table, step, pages, window, layout, k_order, *arguments):
         batch = _batch(query_start, seq_lens, page_table, window_table, step)
-        function(batch, _cache(pages, window, layout), *arguments)
+        if step[0] != window.shape[2]:
+            raise _wrong(f"window blocks have {window.shape[2]} tokens, the step says {step[0]}")
+        function(batch, _cache(pages, window, layout, k_order), _Rows(window), k_order, *arguments)
 
     return call
 
@@ -99,7 +135,8 @@ def _structs(function):
 def _batch(query_start, seq_lens, page_table, window_table, step):
     window_block, local_window, own_chunk_dense = step
     for x in (query_start, seq_lens, page_table, window_table):
-        assert x.dtype == torch.int32 and (x.numel() == 0 or x.stride(-1) == 1), "tables are rows of int32"
+        if x.dtype != torch.int32 or (x.numel() > 0 and x.stride(-1) != 1):
+            raise _wrong("tables must be rows of int32")
     return extension.load().Batch(
         query_start=query_start.data_ptr(),
         seq_lens=seq_lens.data_ptr(),
@@ -114,12 +151,18 @@ def _batch(query_start, seq_lens, page_table, window_table, step):
     )
 
 
-def _cache(pages, window, layout):
+def _cache(pages, window, layout, k_order):
     head_size, sparse_k, sparse_v, sink_tokens, key_mean, token_axis = layout
     heads, bytes_per_head = pages.shape[1:]
     block = tuple(window.stride()[1:])
-    assert pages.stride()[1:] == (bytes_per_head, 1), "the heads of a page lie side by side"
-    assert block == (window.shape[2] * 2 * head_size, 2 * head_size, 1), "so do those of a window block, and its tokens"
+    if pages.stride()[1:] != (bytes_per_head, 1):
+        raise _wrong("the heads of a page must lie side by side")
+    if window.shape[1] != heads or block != (window.shape[2] * 2 * head_size, 2 * head_size, 1):
+        raise _wrong(
+            f"a window block must have {heads} heads of {2 * head_size} values per token, which lie side by side"
+        )
+    if k_order.dtype != torch.int32 or not k_order.is_contiguous() or k_order.shape != (heads, head_size):
+        raise _wrong(f"k_order must be contiguous int32 [{heads}, {head_size}]")
     return extension.load().Cache(
         pages=pages.data_ptr(),
         window=window.data_ptr(),
@@ -132,7 +175,7 @@ def _cache(pages, window, layout):
         sink_tokens=sink_tokens,
         key_mean=bool(key_mean),
         value_axis="token" if token_axis else "channel",
-        dtype=_dtype(window),
+        dtype=_name(window.dtype),
     )
 
 
@@ -142,12 +185,14 @@ def _cache(pages, window, layout):
 )
 @_structs
 def store_compress(
-    batch, cache, k_order, key, value, slots, rows, pages_compressed, k_weight, rescale_k, rescale_v, sms
+    batch, cache, like, k_order, key, value, slots, rows, pages_compressed, k_weight, rescale_k, rescale_v, sms
 ):
     """Write ``rows`` rows of key and value to their slots, and every page that this step fills."""
-    key_row, key_head = _row_strides(key)
-    value_row, value_head = _row_strides(value)
-    assert slots.dtype == torch.int64 and slots.is_contiguous()
+    key_row, key_head = like.strides("key", key, like.kv_heads, rows)
+    value_row, value_head = like.strides("value", value, like.kv_heads, rows)
+    _check_list("slots", slots, torch.int64, rows)
+    if k_weight is not None:
+        _check_list("k_weight", k_weight, torch.float32, k_order.numel())
     extension.load().store_compress(
         batch,
         cache,
@@ -174,10 +219,13 @@ def store_compress(
     "bool expand_keys, Tensor(b!) workspace, Tensor(c!) counters)"
 )
 @_structs
-def decode(batch, cache, k_order, query, out, scale, max_query_len, ctas, expand_keys, workspace, counters):
+def decode(batch, cache, like, k_order, query, out, scale, max_query_len, ctas, expand_keys, workspace, counters):
     """Attention of all requests with 1 to ``max_query_len`` queries."""
-    query_row, query_head = _row_strides(query)
-    out_row, out_head = _row_strides(out)
+    query_row, query_head = like.strides("query", query, query.shape[1])
+    out_row, out_head = like.strides("out", out, query.shape[1], len(query))
+    floats = extension.load().decode_workspace_floats(head_size=like.head_size, ctas=ctas)
+    _check_list("workspace", workspace, torch.float32, floats)
+    _check_list("counters", counters, torch.int32, ctas)
     extension.load().decode(
         batch,
         cache,
@@ -203,15 +251,18 @@ def decode(batch, cache, k_order, query, out, scale, max_query_len, ctas, expand
     f"prefill({_BATCH}, {_CACHE}, str level, Tensor tiles, Tensor query, Tensor(a!) out, Tensor(b!) lse, float scale)"
 )
 @_structs
-def prefill(batch, cache, k_order, level, tiles, query, out, lse, scale):
+def prefill(batch, cache, like, k_order, level, tiles, query, out, lse, scale):
     """Attention of ``tiles`` int32 [n, 5] over their pages, by a fused kernel; see PrefillParams.
 
     ``out`` [splits, rows, heads, D], ``lse`` [splits, heads, rows].
     """
-    assert tiles.dtype == torch.int32 and tiles.is_contiguous() and tiles.shape[1] == 5
-    assert lse.dtype == torch.float32 and lse.stride(2) == 1
-    query_row, query_head = _row_strides(query)
-    out_row, out_head = _row_strides(out[0])
+    if tiles.dtype != torch.int32 or not tiles.is_contiguous() or tiles.shape[1:] != (5,):
+        raise _wrong("tiles must be contiguous int32 [n, 5]")
+    shape = (len(out), query.shape[1], len(query))
+    if lse.dtype != torch.float32 or lse.stride(2) != 1 or lse.shape != shape:
+        raise _wrong(f"lse must be float32 {list(shape)}, its rows side by side")
+    query_row, query_head = like.strides("query", query, query.shape[1])
+    out_row, out_head = like.strides("a part of out", out[0], query.shape[1], len(query))
     extension.load().prefill(
         level,
         batch,
@@ -240,17 +291,28 @@ def prefill(batch, cache, k_order, level, tiles, query, out, lse, scale):
 def expand(pages, window, layout, k_order, ids, k, v, blocks=None, tokens=None):
     """Pages ``ids`` as dense rows: k and v [n, 256, H, D]; behind them window ``blocks`` int32 [m], each with so many
     ``tokens`` int32 [m]: its other rows become zero."""
-    assert ids.dtype == torch.int32 and ids.is_contiguous() and k.stride() == v.stride() and k.stride(3) == 1
-    if not len(ids) and blocks is None:  # an empty tensor has no address
-        return
-    behind = {}
+    cache, need, behind = _cache(pages, window, layout, k_order), len(ids), {}
+    lists = {"ids": ids} if blocks is None else {"ids": ids, "blocks": blocks, "tokens": tokens}
+    for name, x in lists.items():
+        _check_list(name, x, torch.int32)
     if blocks is not None:
-        assert blocks.dtype == tokens.dtype == torch.int32 and blocks.is_contiguous() and tokens.is_contiguous()
-        assert len(k) >= len(ids) + len(blocks) * window.shape[2] / k.shape[1], "there is room behind the pages"
+        if len(blocks) != len(tokens):
+            raise _wrong("each of blocks must have its tokens")
+        need += -(-len(blocks) * window.shape[2] // PAGE_TOKENS)
         behind = {"blocks": blocks.data_ptr(), "tokens": tokens.data_ptr(), "block_count": len(blocks)}
+    if not need:  # an empty tensor has no address
+        return
+    shape = PAGE_TOKENS, window.shape[1], window.shape[3] // 2
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != window.dtype or x.shape[1:] != shape or len(x) < need or x.stride(3) != 1:
+            raise _wrong(
+                f"{name} must be {_name(window.dtype)} {[need, *shape]} or longer, the channels of a head side by side"
+            )
+    if k.stride() != v.stride():
+        raise _wrong("k and v must have the same strides")
     page, token, head = (n * k.itemsize for n in k.stride()[:3])
     extension.load().expand(
-        _cache(pages, window, layout),
+        cache,
         pages=ids.data_ptr(),
         count=len(ids),
         **behind,
@@ -275,9 +337,20 @@ def merge(out, out_lse, part, part_lse, rows):
         part, part_lse = part[None], part_lse[None]
     parts, n, heads, d = part.shape
     for x, lse in ((out, out_lse), (part, part_lse)):
-        assert x.stride()[-2:] == (d, 1), "the heads of a row lie side by side"
-        assert lse.dtype == torch.float32 and lse.stride(-1) == 1
+        if x.shape[-2:] != (heads, d) or x.stride()[-2:] != (d, 1):
+            raise _wrong("the heads of a row must lie side by side")
+        if lse.dtype != torch.float32 or lse.stride(-1) != 1 or lse.shape[-2] != heads:
+            raise _wrong(f"log-sum-exps must be float32 [{heads}, rows], each head's side by side")
+    if part_lse.shape != (parts, heads, n):
+        raise _wrong(f"{parts} parts of {n} rows need as many log-sum-exps, not {list(part_lse.shape)}")
+    if rows is None:
+        if min(len(out), out_lse.shape[1]) < n:
+            raise _wrong(f"out must have at least the {n} rows of a part")
+    else:
+        _check_list("rows", rows, torch.int32, n)
     narrow = out if out.dtype != torch.float32 else part
+    if not {out.dtype, part.dtype} <= {narrow.dtype, torch.float32}:
+        raise _wrong(f"out and part must have one dtype or be float32, not {_name(out.dtype)} and {_name(part.dtype)}")
     extension.load().merge(
         out=out.data_ptr(),
         out_lse=out_lse.data_ptr(),
@@ -296,6 +369,6 @@ def merge(out, out_lse, part, part_lse, rows):
         head_size=d,
         out_float=out.dtype == torch.float32,
         part_float=part.dtype == torch.float32,
-        dtype=_dtype(narrow),
+        dtype=_name(narrow.dtype),
         stream=_stream(),
     )
