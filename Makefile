@@ -1,4 +1,4 @@
-# Everything runs from a bare checkout with Python 3.11 and pip: the first target that needs it makes .venv.
+# Everything runs from a bare checkout with Python 3.11 and its venv: the first target that needs it makes .venv.
 PYTHON ?= python3
 VENV   := .venv/bin/python
 MODEL  := .cache/smollm2-135m-instruct

@@ -22,6 +22,10 @@ from unittest import mock
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
+
+import checks
+
 from hierasparse_vllm import cli, results
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -47,9 +51,13 @@ def main() -> int:
     add("--layers", type=int, metavar="N", help="so many layers instead of the configuration's")
     add("arguments", nargs="*", help="for `hierasparse calibrate`, behind --")
     args = parser.parse_args()
+    if not args.config.is_file():
+        parser.error(f"--config is {str(args.config)!r}; it must be the config.json of a model")
+    config = checks.json_object(parser, "--config", args.config.read_text())
+    if not (args.tokenizer / TOKENIZER_FILES[0]).is_file():
+        parser.error(f"--tokenizer is {str(args.tokenizer)!r}; it must be a folder with a {TOKENIZER_FILES[0]}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        config = json.loads(args.config.read_text())
         if args.layers:
             config["num_hidden_layers"] = args.layers
         model = Path(folder, "model")

@@ -18,6 +18,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
+
+import checks
+
 
 def run(args: argparse.Namespace) -> None:
     """Child process: one engine, one JSON line."""
@@ -59,6 +63,7 @@ def main() -> int:
     if args.child:
         run(args)
         return 0
+    checks.our_options(parser, args.options)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"} | os.environ
     seconds = {}
     for arm in ("stock", "ours"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,10 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parent.parent, help="checkout to run in")
     parser.add_argument("--raw", type=Path, help="also write ncu's page here")
     args = parser.parse_args()
+    if shutil.which("ncu") is None:
+        parser.error("ncu is not in PATH; it comes with CUDA's toolkit (Nsight Compute)")
+    if not args.tree.is_dir():
+        parser.error(f"--tree is {str(args.tree)!r}; it must be the folder of a checkout")
     page = profile(args.case, args.tree)
     if args.raw:
         args.raw.write_text(page)

@@ -170,7 +170,7 @@ def take(path: Path) -> None:
     """Rows and pictures of a report: into benchmarks/results and docs."""
     from hierasparse_vllm.quality import figures
 
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = reports.read(path)
     results.write(ROWS, reports.rows(report))
     for name in ("pareto", "needles"):
         getattr(figures, name)(report, ROOT / "docs" / f"{name}.png")
@@ -180,9 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, nargs="?", metavar="REPORT.json")
     args = parser.parse_args(argv)
-    if args.report is not None:
-        take(args.report)
-    fill(PLACES, load(ROWS))
+    try:
+        if args.report is not None:
+            take(args.report)
+        rows = load(ROWS)
+    except ValueError as error:
+        parser.error(str(error))
+    fill(PLACES, rows)
     return 0
 
 

@@ -19,6 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
+
+import checks
+
 from hierasparse_vllm import results
 
 # A Llama as small as the layout allows: one layer, one KV head of 64 channels.
@@ -94,6 +98,9 @@ def main() -> int:
     if args.child:
         run(args)
         return 0
+    if args.model:
+        checks.model_folder(parser, args.model)
+    checks.our_options(parser, args.options)
     with tempfile.TemporaryDirectory() as tmp:
         if not args.model:
             (Path(tmp) / "config.json").write_text(json.dumps(TINY))

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
 
+import checks
 from meters import Meter, yardstick
 from served import CASES, FP8, RIVALS, WAYS
 
@@ -412,6 +413,9 @@ def main() -> int:
         return 0
     if not args.model:
         parser.error("--model is needed")
+    checks.model_folder(parser, args.model)
+    checks.our_options(parser, args.options, *(WAYS[arm].options for arm in args.arms if arm in WAYS))
+    checks.json_object(parser, "--extra", args.extra)
     measured = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     good = True
     for part in (SPEED, RESIDENT):

@@ -8,6 +8,7 @@ A table stands between marks, as in quality_tables.py.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from hierasparse_vllm.bench import kernels
 from hierasparse_vllm.bench.cases import CASES
 
 OTHER_RUN = "†"
-"""Marks a ratio to another figure of ours than the one beside it."""
+"""Marks a ratio to another figure of ours than that of the column: the one in brackets."""
 ROWS = ROOT / "benchmarks" / "results" / "h200.json"
 
 
@@ -66,14 +67,16 @@ def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
                 if r is None:
                     line += ["", ""]
                     continue
-                mark = "" if r["ours"] == beside[0]["ours"] else OTHER_RUN
-                line += [figure(r["rival"]), times(r["ratio"]) + mark]
+                other = r["ours"] != beside[0]["ours"]
+                line += [figure(r["rival"]) + f" (ours {figure(r['ours'])})" * other]
+                line += [times(r["ratio"]) + OTHER_RUN * other]
             target = None if way.suffix else served.target  # of the default options
             body.append([*line, goal(target, beside[0]), f"`{id + way.suffix}`"])
     what = "vLLM engine, Llama-3.1-8B shapes"
     head = [what, "options", "ours", "bf16 cache", "better", "fp8 cache", "better", "target", "row"]
     marked = any(OTHER_RUN in cell for line in body for cell in line)
-    return [*markdown(head, body), "", place(found) + f" {OTHER_RUN} to ours in the run of that rival." * marked]
+    note = f" {OTHER_RUN} to ours in the run of that rival, in brackets." * marked
+    return [*markdown(head, body), "", place(found) + note]
 
 
 def served_shortly(rows: Rows) -> list[str]:
@@ -140,5 +143,12 @@ def green(path: Path) -> Rows:
     return {row["id"]: row for row in json.loads(path.read_text()) if row["gate"] == "green"}
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     fill(PLACES, green(ROWS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

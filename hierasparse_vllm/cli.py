@@ -6,10 +6,14 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 
 from hierasparse_vllm.bench import command as bench
 from hierasparse_vllm.quality import command, tables_command
+
+ENTRY = "hierasparse"
+"""The plugin's name among vLLM's (pyproject.toml)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,8 +57,13 @@ def doctor(args: argparse.Namespace) -> int:
             "vLLM is not installed: pip install vllm (on a machine without a GPU: see README, `make demo`)."
         )
     entry = importlib.metadata.entry_points(group="vllm.general_plugins")
-    if "hierasparse" not in {e.name for e in entry}:
-        problems.append("the plugin's entry point is missing: pip install hierasparse-vllm.")
+    if ENTRY not in {e.name for e in entry}:
+        problems.append("the plugin's entry point is missing: run pip install . in the plugin's source.")
+    chosen = os.environ.get("VLLM_PLUGINS")  # as vLLM reads it: names between commas, no spaces; empty means none
+    if chosen is not None and ENTRY not in chosen.split(","):
+        problems.append(
+            f"VLLM_PLUGINS is {chosen!r}, which leaves the plugin out: add {ENTRY} to it, behind a comma, or unset it."
+        )
     if disabled():
         problems.append(f"{DISABLE_VARIABLE} is set: unset it.")
     if not problems:

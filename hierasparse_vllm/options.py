@@ -72,9 +72,9 @@ _SCHEMA: dict[str, dict[str, Any]] = {
     "prefill_workspace_mib": {
         "type": "integer",
         "minimum": 1,
-        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand pages for prefill; any "
-        "context fits, a small workspace takes more rounds. A fused kernel keeps partial results in up to as much "
-        "again.",
+        "description": "Mebibytes of GPU memory, once per GPU, in which the CUDA ops expand older compressed pages for "
+        "prefill; any context fits, a smaller workspace takes more rounds. What a chunk reads of itself takes up to as "
+        "much again, and so do the partial results of a fused kernel.",
     },
     "prefill_kernel": {
         "enum": ["auto", "wgmma_sp", "mma_sp", "expand"],
@@ -140,7 +140,10 @@ class Options:
         ValueError
             With one sentence that names the key and what is allowed.
         """
-        section = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+        config = additional_config if isinstance(additional_config, Mapping) else {}
+        for key in config:
+            _check_place(key)
+        section = config.get(SECTION, {})
         if not isinstance(section, Mapping):
             raise ValueError(
                 f"HieraSparse: the section {SECTION!r} of --additional-config is {section!r}; "
@@ -186,6 +189,20 @@ def json_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {key: {**schema, "default": defaults[key]} for key, schema in _SCHEMA.items()},
     }
+
+
+def _check_place(key: Any) -> None:
+    """Refuse a key beside our section that is meant to be in it or to be its name; others belong to other plugins."""
+    if key in _SCHEMA:
+        raise ValueError(
+            f"HieraSparse: option {key!r} stands outside the section {SECTION!r} of --additional-config; put it "
+            'there, as in {"hierasparse": {"preset": "balanced"}}'
+        )
+    plain = key.lower().replace("_", "").replace("-", "") if isinstance(key, str) else None
+    if plain == SECTION and key != SECTION:
+        raise ValueError(
+            f"HieraSparse: --additional-config has a section {key!r}; put its options into the section {SECTION!r}"
+        )
 
 
 def _check(key: str, value: Any) -> None:

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("trials", "passkey_length", "max_num_batched_tokens", "jobs"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
+    if args.kv_cache_gib is not None and not args.kv_cache_gib > 0:
+        raise ValueError(f"--kv-cache-gib is {args.kv_cache_gib:g}; it must be above 0")
     if args.jobs > 1 and args.kv_cache_gib is None:
         raise ValueError(f"--jobs is {args.jobs}; it needs --kv-cache-gib, the KV cache that each engine may take")
     selected = arms_module.select(
@@ -124,12 +126,11 @@ def run(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Run ``hierasparse report``; returns the exit status."""
-    try:
-        report = json.loads(args.report.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"the report {str(args.report)!r} cannot be read: {error}") from error
+    from hierasparse_vllm.quality.report import read
+
+    report = read(args.report)
     out = args.out or args.report.parent
-    out.mkdir(parents=True, exist_ok=True)
+    folder(out)
     write(report, out)
     print(f"{out / 'report.md'}, report.json")
     if args.rows is not None:
@@ -218,7 +219,7 @@ def needed() -> None:
     ValueError
         If one is.
     """
-    models.require("vllm", "transformers", hint="pip install 'hierasparse-vllm[evaluate]', and vLLM")
+    models.require("vllm", "transformers", hint=f"{models.EXTRA}, and vLLM")
 
 
 def split(names: str) -> list[str]:
@@ -277,11 +278,23 @@ def fresh(out: Path, resume: bool) -> None:
     ValueError
         If it is a file or holds something.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file; give a folder")
-    if not resume and out.exists() and any(out.iterdir()):
+    folder(out)
+    if not resume and any(out.iterdir()):
         raise ValueError(f"--out {str(out)!r} is not empty; give another folder, or --resume to keep finished arms")
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def folder(out: Path) -> None:
+    """Make ``out`` if it is not there.
+
+    Raises
+    ------
+    ValueError
+        If it is a file, or lies below one.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--out {str(out)!r} is a file, or lies below one; give a folder") from error
 
 
 def describe(model: str) -> tuple[Any, int, int | None]:

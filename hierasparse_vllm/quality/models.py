@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+EXTRA = "pip install '.[evaluate]' in the plugin's source"
+"""How to install what the commands need."""
 
-def require(*packages: str, hint: str = "pip install 'hierasparse-vllm[evaluate]'") -> None:
+
+def require(*packages: str, hint: str = EXTRA) -> None:
     """Say in one sentence which of ``packages`` are missing.
 
     Raises

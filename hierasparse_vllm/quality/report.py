@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hierasparse_vllm import results
@@ -16,6 +18,11 @@ EXACT = ("passkey", "multikey", "key_value", GRID)
 """Tasks with one answer, of which passes are counted; of the others the share of the expected words."""
 SAME_HEAD = {"float32": 1e-4}
 """Allowed difference between the dense loss seen in two processes; 1e-2 in 16 bits, where heads round differently."""
+FIELDS = frozenset(
+    ("model_name", "command", "tasks", "texts", "length", "first", "seed", "dtype", "tables", "versions", "commit",
+     "date", "arms")
+)  # fmt: skip
+"""What page, pictures and rows need of a report."""
 
 
 def build(
@@ -54,6 +61,23 @@ def build(
         "date": datetime.date.today().isoformat(),
         "arms": [entry(arm, outcomes[arm.name], dense, samples, head_size) for arm in arms],
     }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The report in a file.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read, or is something else.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not there, or no JSON
+        raise ValueError(f"the report {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(report, dict) or not FIELDS.issubset(report) or not report["arms"]:
+        raise ValueError(f"{str(path)!r} is no report; give the report.json of a run of `hierasparse evaluate`")
+    return report
 
 
 def entry(

@@ -11,6 +11,8 @@ from typing import Any
 
 from hierasparse_vllm.quality import models
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def add_parsers(commands: Any) -> None:
     """Add both commands to an argparse subparsers object; imports nothing heavy."""
@@ -34,7 +36,7 @@ def _common(parser: argparse.ArgumentParser, length: int) -> None:
     add("model", metavar="MODEL", help="as for vllm serve")
     add("--text", nargs="+", metavar="FILE", help="text files; default: four shipped excerpts (World English Bible)")
     add("--length", type=int, default=length, metavar="N", help=f"tokens of each text ({length})")
-    add("--dtype", default="auto", help="of the model while it reads: auto, float32, bfloat16 or float16")
+    add("--dtype", default="auto", choices=DTYPES, help="of the model while it reads (auto)")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="tables file to write (.safetensors)")
 
 
@@ -74,6 +76,10 @@ def budget(args: argparse.Namespace) -> int:
     from hierasparse_vllm.quality.calibrate import layer_names
 
     began = time.monotonic()
+    if args.texts < 1:
+        raise ValueError(f"--texts is {args.texts}; it must be at least 1")
+    if args.bytes is not None and not args.bytes > 0:
+        raise ValueError(f"--bytes is {args.bytes:g}; it must be a share of the dense bytes above 0, such as 0.7")
     options = Options(sink_tokens=args.sink_tokens, tables=args.tables and str(args.tables))
     simulation, windows = _start(args, shortest=4 * PAGE_TOKENS)
     windows = windows[: args.texts]

@@ -55,6 +55,11 @@ def test_without_a_section_the_defaults_hold(config):
     assert Options.from_additional_config(config) == Options()
 
 
+@pytest.mark.parametrize("key", ["sparsity", "hierasparse_cpu", "Preset", "other-plugin", 5, None], ids=repr)
+def test_other_keys_of_the_configuration_belong_to_others(key):
+    assert Options.from_additional_config({key: 1, "hierasparse": {"preset": "balanced"}}).preset == "balanced"
+
+
 def test_any_mapping_may_be_the_configuration():
     config = types.MappingProxyType({"hierasparse": types.MappingProxyType({"preset": "max"})})
     assert Options.from_additional_config(config).value_sparsity == 1.0
@@ -222,6 +227,24 @@ def test_an_unknown_key_is_refused_with_all_known_ones(key):
     text = refusal({"preset": "max", key: 1})
     assert is_one_sentence(text) and f"unknown option {key!r}" in text
     assert all(known in text for known in DEFAULTS)
+
+
+@pytest.mark.parametrize("key", list(DEFAULTS))
+def test_an_option_without_the_section_is_refused(key):
+    for config in ({key: DEFAULTS[key]}, {"hierasparse": {}, key: DEFAULTS[key]}):
+        with pytest.raises(ValueError) as caught:
+            Options.from_additional_config(config)
+        text = str(caught.value)
+        assert is_one_sentence(text) and f"option {key!r} stands outside the section 'hierasparse'" in text
+        assert '{"hierasparse": {"preset": "balanced"}}' in text
+
+
+@pytest.mark.parametrize("name", ["HieraSparse", "HIERASPARSE", "hiera_sparse", "hiera-sparse", "Hiera-Sparse"])
+def test_another_spelling_of_the_section_is_refused(name):
+    with pytest.raises(ValueError) as caught:
+        Options.from_additional_config({name: {"preset": "balanced"}})
+    text = str(caught.value)
+    assert is_one_sentence(text) and f"has a section {name!r}; put its options into the section 'hierasparse'" in text
 
 
 @pytest.mark.parametrize("section", ["max", 5, None, True, ["preset", "max"], 0.5], ids=repr)

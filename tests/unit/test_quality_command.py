@@ -34,6 +34,9 @@ def installed(monkeypatch):
         (["--tasks", "needles:4"], "but loss and needles not"),
         (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
         (["--jobs", "3"], "--jobs is 3; it needs --kv-cache-gib"),
+        (["--kv-cache-gib", "-1"], "--kv-cache-gib is -1; it must be above 0"),
+        (["--kv-cache-gib", "0"], "--kv-cache-gib is 0; it must be above 0"),
+        (["--kv-cache-gib", "nan"], "--kv-cache-gib is nan; it must be above 0"),
         (["--arms", "dense,mx"], "unknown arm 'mx'; allowed are dense, fp8, paper"),
         (["--first", "1024", "--length", "1024"], "--first is 1024; it must lie between 1 and --length (1024)"),
         (["--first", "0"], "--first is 0"),
@@ -73,7 +76,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
     assert evaluate("--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert f"{missing} missing: pip install 'hierasparse-vllm[evaluate]'" in error and error.count("\n") == 1
+    assert f"{missing} missing: pip install '.[evaluate]' in the plugin's source" in error and error.count("\n") == 1
 
 
 def test_the_command_line_stays_light():
@@ -168,6 +171,27 @@ def test_a_report_is_written_again_elsewhere_with_its_rows(children, capsys, tmp
     (again / "report.json").write_text("{")
     assert cli.main(["report", str(again / "report.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "5", '{"arms": []}'])
+def test_what_is_no_report_is_refused_and_nothing_is_written(capsys, tmp_path, text):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert cli.main(["report", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"'{path}' is no report; give the report.json of a run" in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"] and path.read_text() == text
+
+
+def test_a_report_is_not_written_into_a_file(children, capsys, tmp_path):
+    assert evaluate("--out", tmp_path / "out", "--arms", "max", "--tasks", "loss") == 0
+    source, taken = tmp_path / "out" / "report.json", tmp_path / "taken"
+    taken.write_text("mine")
+    for out in (taken, taken / "below"):
+        assert cli.main(["report", str(source), "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"--out '{out}' is a file, or lies below one; give a folder" in error and error.count("\n") == 1
+    assert taken.read_text() == "mine"
 
 
 def test_without_matplotlib_there_are_no_pictures_and_it_says_so(children, monkeypatch, capsys, tmp_path):

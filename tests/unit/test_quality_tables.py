@@ -1,6 +1,9 @@
 """The tables of README and docs are those that the recorded rows give; and how a table is made."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 
@@ -73,3 +76,15 @@ def test_rows_whose_check_failed_and_missing_marks_are_refused(rows, tmp_path):
 @pytest.mark.parametrize("x, said", [(-0.00004, "0.0000"), (0.0, "0.0000"), (-0.01, "−0.0100"), (0.5, "+0.5000")])
 def test_numbers_have_a_sign_unless_they_are_zero(x, said):
     assert quality_tables.signed(x, 4) == said
+
+
+@pytest.mark.parametrize("tables", [None, "mine.safetensors"])
+def test_the_run_behind_the_tables_takes_other_calibration_tables(tables):
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    env = {name: value for name, value in os.environ.items() if name != "TABLES"} | {"PYTHON": "echo"}
+    command = ["bash", ROOT / "benchmarks" / "run_quality.sh", "MODEL", "OUT"]
+    done = subprocess.run(
+        command, env=env | ({"TABLES": tables} if tables else {}), capture_output=True, text=True, check=True
+    )
+    assert f"--tables {tables or 'benchmarks/results/smollm2-tables.safetensors'} " in done.stdout

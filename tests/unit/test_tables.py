@@ -222,13 +222,27 @@ def test_calibrate_and_budget_make_a_file_that_the_backend_takes(tiny, tmp_path,
         (["calibrate", "/no/such/model", "-o", "t.safetensors"], "cannot be read"),
         (["calibrate", "MODEL", "--text", "/no/such/text", "-o", "t.safetensors"], "is not a file"),
         (["budget", "MODEL", "--tables", "/no/such/tables.safetensors", "-o", "t.safetensors"], "does not exist"),
+        (["budget", "MODEL", "--texts", "0", "-o", "t.safetensors"], "--texts is 0; it must be at least 1"),
+        (["budget", "MODEL", "--texts", "-9", "-o", "t.safetensors"], "--texts is -9; it must be at least 1"),
+        (["budget", "MODEL", "--bytes", "-3", "-o", "t.safetensors"], "--bytes is -3; it must be a share"),
+        (["budget", "MODEL", "--bytes", "0", "-o", "t.safetensors"], "--bytes is 0; it must be a share"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(tiny, arguments, sentence, capsys):
+def test_wrong_arguments_are_one_sentence(tiny, arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a file would be if one were written
     assert cli.main([str(tiny) if a == "MODEL" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert sentence in last and last.startswith(f"hierasparse {arguments[0]}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "budget"])
+def test_an_unknown_dtype_is_refused_with_the_choices(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "/no/such/model", "--dtype", "foo", "-o", "t.safetensors"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and "'foo'" in error and all(name in error for name in ("auto", "float32", "bfloat16"))
 
 
 def test_a_budget_of_another_model_s_tables_is_refused(tiny, tmp_path, capsys):
