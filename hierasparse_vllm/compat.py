@@ -148,6 +148,20 @@ def micro_batching(vllm_config) -> bool:
     return bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
 
 
+def sleep_mode(vllm_config) -> bool:
+    """Whether this process's device memory lies where sleeping frees it: /sleep asks for the allocator alone."""
+    names = ("enable_sleep_mode", "enable_cumem_allocator")
+    return any(getattr(vllm_config.model_config, name, False) for name in names)
+
+
+def pool_is_final(vllm_config) -> bool:
+    """Whether a cache that is being bound is the engine's, not the small one for profiling the memory of CUDA graphs.
+
+    Workers are told the number of blocks before they bind the engine's cache, but only after they bind the small one.
+    """
+    return vllm_config.cache_config.num_gpu_blocks is not None
+
+
 # ---- runtime -------------------------------------------------------------------------------------------------------
 def current_device() -> torch.device:
     """The device on which this process builds its model."""

@@ -12,11 +12,10 @@ from hierasparse_vllm.page import HEAD_SIZES, PAGE_TOKENS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+CACHELESS_DRAFTS = ("ngram", "ngram_gpu", "suffix", "medusa")
+"""Methods of speculative decoding whose drafts come from no model with a KV cache."""
+
 OTHER = "serve this model without --attention-backend CUSTOM"
-_PER_KIND = (
-    "give only full-attention layers to HieraSparse: "
-    '--attention-config \'{"backend_per_kind": {"full_attention": "CUSTOM"}}\''
-)
 
 
 def selection(f: dict[str, Any]) -> list[str]:
@@ -46,8 +45,8 @@ def selection(f: dict[str, Any]) -> list[str]:
     refuse(f.get("has_sink"), f"models with learned attention sinks are not supported; {OTHER}")
     kind = f.get("attn_type") or "decoder"
     kind = getattr(kind, "value", kind)  # an enum of strings
-    refuse(kind != "decoder", f"{kind} attention is not supported, only causal decoder layers are; {_PER_KIND}")
-    refuse(f.get("has_sliding_window"), f"sliding-window layers already keep few tokens; {_PER_KIND}")
+    refuse(kind != "decoder", f"{kind} attention is not supported, only causal decoder layers are; {OTHER}")
+    refuse(f.get("has_sliding_window"), f"models with sliding-window layers are not supported yet; {OTHER}")
     refuse(
         f.get("use_kv_connector"), "KV connectors would move the pages without the window; remove --kv-transfer-config"
     )
@@ -77,6 +76,18 @@ def engine(vllm_config: Any) -> list[str]:
         )
     if compat.micro_batching(vllm_config):
         out.append("HieraSparse: micro-batching is not supported; remove --enable-dbo and --ubatch-size.")
+    if compat.sleep_mode(vllm_config):
+        out.append(
+            "HieraSparse: sleep mode can drop tables and counters on the device, which nothing restores; remove "
+            "--enable-sleep-mode and --enable-cumem-allocator."
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in CACHELESS_DRAFTS:
+        out.append(
+            f"HieraSparse: speculative decoding with {speculative.method} is not supported, its drafts may need a KV "
+            f"cache of their own (only {', '.join(CACHELESS_DRAFTS)} never do); choose one of these in "
+            "--speculative-config or remove it."
+        )
     return out
 
 
@@ -93,6 +104,22 @@ def layer(alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, extra: di
         if value is not None:
             out.append(f"HieraSparse: the attention argument {name!r} is not supported; {OTHER}.")
     return out
+
+
+def neighbour(name: str, spec: Any) -> list[str]:
+    """Refusals for the layer ``name``, whose KV cache of that ``spec`` is neither pages of ours nor a window."""
+    return [
+        f"HieraSparse: the KV cache of layer {name} ({type(spec).__name__}) cannot share a pool with our pages, "
+        "every layer with a cache must be one of ours; serve this model without the backend CUSTOM."
+    ]
+
+
+def loader(vllm_config: Any) -> list[str]:
+    """Refusals for a model that was loaded without the call in which a layer makes its window."""
+    return [
+        f"HieraSparse: load format {vllm_config.load_config.load_format} skips process_weights_after_loading, in "
+        "which each layer makes its window; choose another with --load-format, such as auto."
+    ]
 
 
 def refuse(sentences: list[str]) -> None:

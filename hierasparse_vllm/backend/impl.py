@@ -112,7 +112,8 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
             for layer in self.vllm_config.compilation_config.static_forward_context.values()
             if isinstance(layer, WindowCache)
         ]
-        if windows[0] is self.window and self.vllm_config.parallel_config.rank == 0:  # one layer speaks for the engine
+        speaks = windows[0] is self.window and self.vllm_config.parallel_config.rank == 0  # one layer for the engine
+        if speaks and self.report is None and compat.pool_is_final(self.vllm_config):
             self.report = Report(self.vllm_config, self.options, getattr(self.ops, "count", None))
             self.report.engine(
                 self.settings.ops,
@@ -157,6 +158,8 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         output : Tensor [rows, heads, D] or [rows, heads * D]
             Written and returned; rows beyond the batch's are padding.
         """
+        if self.window is None:  # a GPU profiles before metadata builders, which look too, are made
+            checks.refuse(checks.loader(self.vllm_config))
         if attn_metadata is None:
             self.ops.reserve(output)
             return output.zero_()

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from hierasparse_vllm import compat
 from hierasparse_vllm.backend import settings
-from hierasparse_vllm.backend.checks import refuse
+from hierasparse_vllm.backend.checks import loader, refuse
 from hierasparse_vllm.ops.batch import LONGEST_DECODE, Batch, ReadRule
 from hierasparse_vllm.page import PAGE_TOKENS
 
@@ -79,7 +79,7 @@ class PageBuilder(_Builder):
     Raises
     ------
     ValueError
-        If vLLM changed the group's spec so that pages are not what the layout says.
+        If vLLM changed the group's spec so that pages are not what the layout says, or a layer has no window.
     """
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
@@ -89,6 +89,9 @@ class PageBuilder(_Builder):
         # Decodes first, so that a step's prefills lie side by side.
         self.reorder_batch_threshold = LONGEST_DECODE if settings.current().ops.name == "cuda" else None
         self._report = None
+        for name in layer_names:
+            if vllm_config.compilation_config.static_forward_context[name].impl.window is None:
+                refuse(loader(vllm_config))
         self._host_lens_hold = vllm_config is None or compat.longest_decode(vllm_config) <= LONGEST_DECODE
         want = settings.current().layout(spec.head_size).page_bytes(spec.num_kv_heads)
         if not isinstance(spec, FullAttentionSpec) or spec.block_size != PAGE_TOKENS:
@@ -102,8 +105,8 @@ class PageBuilder(_Builder):
             refuse(
                 [
                     f"HieraSparse: another layer of this model has a larger KV page, so vLLM pads ours from {want:,} "
-                    f"to {spec.page_size_bytes:,} bytes and the saving is lost; serve this model without "
-                    "--attention-backend CUSTOM (a draft model with its own cache has the same effect)."
+                    f"to {spec.page_size_bytes:,} bytes and the saving is lost; serve this model without the "
+                    "backend CUSTOM."
                 ]
             )
 

@@ -72,8 +72,9 @@ class Report:
             o.key_sparsity, o.value_sparsity, o.value_axis, ", rescaled" * o.rescale, ", split layer by layer" * split,
             o.local_window, o.sink_tokens, o.storage, f"{page:,}", PAGE_TOKENS, 100 * page / dense, f"{dense:,}",
         )  # fmt: skip
-        if ops.reason and device != "cpu":  # there is nothing else for a CPU
-            logger.warning("HieraSparse: the reference ops run, which are slow on a GPU: %s", ops.reason)
+        slow = ", which are slow on a GPU" if device != "cpu" else ""
+        if ops.reason and (slow or any(kernel != "auto" for kernel in o.kernels)):  # a CPU has nothing else to run
+            logger.warning("HieraSparse: the reference ops run%s: %s", slow, ops.reason)
         if ops.prefill:
             logger.info("HieraSparse: prefill kernel for compressed pages: %s", ops.prefill)
             logger.info("HieraSparse: decode kernel: %s", ops.decode)

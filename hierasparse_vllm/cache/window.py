@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from hierasparse_vllm import compat
-from hierasparse_vllm.backend.checks import DTYPES
+from hierasparse_vllm.backend import checks
 from hierasparse_vllm.backend.metadata import WindowBuilder
 from hierasparse_vllm.ops.batch import ReadRule
 from hierasparse_vllm.page import WINDOW_BLOCKS, PageLayout
@@ -28,7 +28,7 @@ class WindowBackend(AttentionBackend):
     """Backend of the window group: metadata and shapes only, nothing runs in it."""
 
     forward_includes_kv_cache_update = True
-    supported_dtypes = list(DTYPES)
+    supported_dtypes = list(checks.DTYPES)
 
     @staticmethod
     def get_name() -> str:
@@ -120,6 +120,7 @@ class WindowCache(nn.Module, AttentionLayerBase):
         return WindowBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SlidingWindowSpec:
+        _refuse_neighbours(vllm_config)
         return SlidingWindowSpec(
             block_size=self.layout.window_block(self.dtype.itemsize),
             num_kv_heads=self.kv_heads,
@@ -128,3 +129,20 @@ class WindowCache(nn.Module, AttentionLayerBase):
             sliding_window=self.rule.window_tokens,
             page_size_padded=self.layout.page_bytes(self.kv_heads),
         )
+
+
+def _refuse_neighbours(vllm_config: VllmConfig) -> None:
+    """Stop the engine if a layer has a KV cache that is neither a window nor pages beside one.
+
+    vLLM would make blocks of all layers equally large: it pads our pages, or the others' blocks, to several times
+    their size.  Here all layers are known, and nothing has been made from their specs yet.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    for name, layer in layers.items():
+        if not isinstance(layer, AttentionLayerBase) or isinstance(layer, WindowCache) or f"{name}.{SUFFIX}" in layers:
+            continue
+        if getattr(layer, "kv_sharing_target_layer_name", None):  # it has none of its own
+            continue
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is not None:
+            checks.refuse(checks.neighbour(name, spec))

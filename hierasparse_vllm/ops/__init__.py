@@ -20,7 +20,7 @@ VARIABLE = "HIERASPARSE_OPS"
 """Environment variable that overrides the choice."""
 NAMES = ("cuda", "reference")
 LARGEST_GROUP = 16
-"""Query heads per KV head that the decode kernel takes."""
+"""Query heads per KV head that the kernels are tested with."""
 
 
 class Ops(Protocol):
@@ -83,19 +83,18 @@ def select(
     wish = os.environ.get(VARIABLE) or None
     if wish not in (None, *NAMES):
         raise ValueError(f"HieraSparse: {VARIABLE} is {wish!r}; allowed are {', '.join(NAMES)}.")
-    if wish == "reference":
-        return Selection("reference", f"{VARIABLE}=reference")
-    reason = _against_cuda(device, dtype, layout, group)
+    wishes = {"prefill_kernel": prefill_kernel, "decode_kernel": decode_kernel}
+    reason = f"{VARIABLE}=reference" if wish == "reference" else _against_cuda(device, dtype, layout, group)
     if reason is None:
         from hierasparse_vllm.ops.cuda import levels
 
         capability = torch.cuda.get_device_capability(device)
-        wishes = {"prefill_kernel": prefill_kernel, "decode_kernel": decode_kernel}
         chosen = (levels.choose(kernel, capability, dtype, layout, option) for option, kernel in wishes.items())
         return Selection("cuda", None, *("{} ({})".format(*kernel) for kernel in chosen))
     if wish == "cuda":
         raise ValueError(f"HieraSparse: {VARIABLE} is 'cuda', but {reason}.")
-    return Selection("reference", reason)
+    idle = ", ".join(option for option, kernel in wishes.items() if kernel != "auto")
+    return Selection("reference", f"{reason}; options without effect: {idle}" if idle else reason)
 
 
 def _against_cuda(device: torch.device, dtype: torch.dtype, layout: PageLayout, group: int) -> str | None:
@@ -135,7 +134,8 @@ def make(
     if selection.name == "cuda":
         from hierasparse_vllm.ops.cuda import CudaOps
 
-        return CudaOps(device, layout, kv_heads, dtype, prefill_mib, prefill_kernel, decode_kernel)
+        flash = compat.flash_attention(layout.head_size)  # now, while vLLM has a current configuration
+        return CudaOps(device, layout, kv_heads, dtype, prefill_mib, prefill_kernel, decode_kernel, flash)
     from hierasparse_vllm.ops.reference import ReferenceOps
 
     return ReferenceOps()

@@ -55,6 +55,40 @@ def test_changed_specs_are_refused(use):
         WindowBuilder(padded, [], None, torch.device("cpu"))
 
 
+def test_only_foreign_layers_with_a_cache_of_their_own_are_refused():
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from hierasparse_vllm.cache.window import WindowCache
+    from hierasparse_vllm.ops.batch import ReadRule
+    from hierasparse_vllm.page import PageLayout
+
+    class Layer(AttentionLayerBase):
+        def __init__(self, spec, target=None):
+            self.spec, self.kv_sharing_target_layer_name = spec, target
+
+        def get_attn_backend(self):
+            raise NotImplementedError
+
+        def get_kv_cache_spec(self, vllm_config):
+            return self.spec
+
+    sliding = SlidingWindowSpec(block_size=16, sliding_window=256, **COMMON)
+    vllm_config = config()
+    layers = vllm_config.compilation_config.static_forward_context
+    layers["ours"] = Layer(FullAttentionSpec(block_size=256, **COMMON))
+    window = WindowCache(
+        "ours.hierasparse_window", vllm_config, PageLayout(64, 4, 4, 4), ReadRule(256), 2, torch.float32, None
+    )
+    layers["experts"] = object()
+    layers["encoder"] = Layer(None)
+    layers["sharing"] = Layer(sliding, target="ours")
+    assert window.get_kv_cache_spec(vllm_config).sliding_window == 512
+    layers["foreign"] = Layer(sliding)
+    with pytest.raises(ValueError, match=r"^HieraSparse: the KV cache of layer foreign \(Sliding.*CUSTOM.$"):
+        window.get_kv_cache_spec(vllm_config)
+
+
 @pytest.mark.parametrize(
     "ops, drafts, support",
     [

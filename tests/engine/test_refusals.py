@@ -14,6 +14,9 @@ LLAMA = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
     "tie_word_embeddings": True, "dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+MIXED = LLAMA | {
+    "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 256,
+}  # fmt: skip
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256}
 
 
@@ -22,12 +25,11 @@ def start(tmp_path, config=LLAMA, options=None, **kw):
 
     hide_llvmlite_from_vllms_scan()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    kw = {"block_size": 256, "attention_backend": "CUSTOM", **kw}
+    kw = {"block_size": 256, "attention_backend": "CUSTOM", "load_format": "dummy", **kw}
     if options is not None:
         kw["additional_config"] = {"hierasparse": options}
     return LLM(
         str(tmp_path),
-        load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_num_batched_tokens=512,
@@ -44,10 +46,18 @@ def refusal(tmp_path, *args, **kw) -> str:
     return sentences[0]
 
 
+PER_KIND = {"full_attention": "CUSTOM"}
+DRAFTS = {"method": "draft_model", "num_speculative_tokens": 2}
 CASES = {
     "head size": ({"config": LLAMA | {"head_dim": 80}}, r"head size 80 .* 64, 128, 256.*without --attention-backend"),
     "block size": ({"block_size": 128}, r"block size 128.*--block-size 256"),
-    "sliding window": ({"config": MISTRAL}, r"sliding-window layers.*backend_per_kind"),
+    "sliding window": ({"config": MISTRAL}, r"sliding-window layers are not.*without --attention-backend"),
+    "some sliding windows": ({"config": MIXED}, r"sliding-window layers are not.*without --attention-backend"),
+    "ours for full attention only": (
+        {"config": MIXED, "attention_backend": None, "attention_config": {"backend_per_kind": PER_KIND}},
+        r"KV cache of layer model\.layers\.1\.self_attn\.attn \(SlidingWindowSpec\) cannot.*without the backend CUSTOM",
+    ),
+    "draft model": ({"speculative_config": DRAFTS}, r"decoding with draft_model.*ngram.*or remove it"),
     "cache dtype": ({"kv_cache_dtype": "fp8"}, r"KV-cache dtype fp8.*remove --kv-cache-dtype"),
     "manager": ({"disable_hybrid_kv_cache_manager": True}, r"hybrid KV-cache manager.*remove --disable-hybrid"),
     "unknown key": ({"options": {"sparsity": 1}}, r"unknown option 'sparsity'.*key_sparsity"),
@@ -59,7 +69,31 @@ CASES = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_refused_at_start_with_one_sentence(tmp_path, case):
     kw, pattern = CASES[case]
+    if DRAFTS in kw.values():  # the model is its own draft model
+        kw = {"speculative_config": DRAFTS | {"model": str(tmp_path)}}
     assert re.search(pattern, refusal(tmp_path, **kw))
+
+
+def test_a_loader_that_does_not_let_layers_make_their_windows_is_refused(tmp_path):
+    """As vLLM's tensorizer does, which is not installed here."""
+    from vllm.model_executor import model_loader
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    @model_loader.register_model_loader("skipping")
+    class Skipping(model_loader.BaseModelLoader):
+        def download_model(self, model_config):
+            """Nothing."""
+
+        def load_weights(self, model, model_config):
+            """Nothing."""
+
+        def load_model(self, vllm_config, model_config, prefix=""):
+            return initialize_model(vllm_config, prefix=prefix).eval()
+
+    try:
+        assert re.search("load format skipping skips.*--load-format", refusal(tmp_path, load_format="skipping"))
+    finally:
+        del model_loader._LOAD_FORMAT_TO_MODEL_LOADER["skipping"]
 
 
 def test_tables_of_another_model_are_refused(tmp_path):

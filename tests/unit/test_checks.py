@@ -31,7 +31,6 @@ class AttentionType(enum.Enum):
 
 
 OTHER = "--attention-backend CUSTOM"
-PER_KIND = '"full_attention": "CUSTOM"'
 # field, wrong value, what the sentence says is wrong, what it tells to do
 SELECTION = [
     ("head_size", 96, "96", OTHER),
@@ -48,11 +47,11 @@ SELECTION = [
     ("block_size", 512, "512", "--block-size 256"),
     ("use_mla", True, "MLA", OTHER),
     ("has_sink", True, "sinks", OTHER),
-    ("attn_type", "encoder", "encoder", PER_KIND),
-    ("attn_type", "encoder_only", "encoder_only", PER_KIND),
-    ("attn_type", "encoder_decoder", "encoder_decoder", PER_KIND),
-    ("attn_type", AttentionType.ENCODER, "encoder attention", PER_KIND),
-    ("has_sliding_window", True, "sliding-window", PER_KIND),
+    ("attn_type", "encoder", "encoder", OTHER),
+    ("attn_type", "encoder_only", "encoder_only", OTHER),
+    ("attn_type", "encoder_decoder", "encoder_decoder", OTHER),
+    ("attn_type", AttentionType.ENCODER, "encoder attention", OTHER),
+    ("has_sliding_window", True, "sliding-window", OTHER),
     ("use_kv_connector", True, "KV connectors", "--kv-transfer-config"),
     ("use_dcp", True, "context parallelism", "--decode-context-parallel-size"),
     ("use_pcp", True, "context parallelism", "--prefill-context-parallel-size"),
@@ -121,13 +120,16 @@ def vllm_config(**changes):
             "use_ubatching": False,
             "tensor_parallel_size": 2,
         },
+        "model_config": {"enable_sleep_mode": False, "enable_cumem_allocator": False},
     }
     transfer = changes.pop("kv_transfer_config", None)
+    method = changes.pop("method", None)
+    drafts = None if method is None else types.SimpleNamespace(method=method, num_speculative_tokens=3)
     for section in sections.values():
         section.update({key: changes.pop(key) for key in list(changes) if key in section})
     assert not changes
     namespaces = {name: types.SimpleNamespace(**fields) for name, fields in sections.items()}
-    return types.SimpleNamespace(kv_transfer_config=transfer, **namespaces)
+    return types.SimpleNamespace(kv_transfer_config=transfer, speculative_config=drafts, **namespaces)
 
 
 def test_a_supported_engine_has_no_refusal():
@@ -137,6 +139,7 @@ def test_a_supported_engine_has_no_refusal():
 def test_an_older_vllm_without_some_fields_has_no_refusal():
     config = vllm_config()
     config.parallel_config = types.SimpleNamespace(decode_context_parallel_size=1)
+    config.model_config = types.SimpleNamespace()
     assert checks.engine(config) == []
 
 
@@ -147,6 +150,12 @@ ENGINE = [
     ({"prefill_context_parallel_size": 4}, "context parallelism", "--prefill-context-parallel-size"),
     ({"enable_dbo": True}, "micro-batching", "--enable-dbo"),
     ({"use_ubatching": True}, "micro-batching", "--ubatch-size"),
+    ({"enable_sleep_mode": True}, "sleep mode", "--enable-sleep-mode"),
+    ({"enable_cumem_allocator": True}, "sleep mode", "--enable-cumem-allocator"),
+    ({"method": "eagle3"}, "decoding with eagle3", "--speculative-config"),
+    ({"method": "mtp"}, "KV cache of their own", "--speculative-config"),
+    ({"method": "draft_model"}, "only ngram, ngram_gpu, suffix, medusa", "--speculative-config"),
+    ({"method": "some_new_method"}, "some_new_method", "--speculative-config"),
 ]
 
 
@@ -159,7 +168,12 @@ def test_each_engine_feature_is_refused_in_one_sentence_with_a_remedy(change, wr
 
 def test_all_engine_features_at_once_are_all_told():
     every = {key: value for change, _, _ in ENGINE for key, value in change.items()}
-    assert len(checks.engine(vllm_config(**every))) == 4
+    assert len(checks.engine(vllm_config(**every))) == 6
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix", "medusa"])
+def test_drafts_without_a_cache_have_no_refusal(method):
+    assert checks.engine(vllm_config(method=method)) == []
 
 
 # ---- layer ---------------------------------------------------------------------------------------------------------
@@ -187,6 +201,22 @@ def test_each_layer_feature_is_refused_in_one_sentence_with_a_remedy(change, wro
     sentences = layer(**change)
     assert len(sentences) == 1
     assert_sentence(sentences[0], wrong, OTHER)
+
+
+# ---- what is found later -------------------------------------------------------------------------------------------
+class SlidingWindowSpec:
+    """Only its name matters."""
+
+
+def test_a_foreign_cache_is_refused_by_the_name_of_its_layer():
+    (sentence,) = checks.neighbour("model.layers.3.attn", SlidingWindowSpec())
+    assert_sentence(sentence, "layer model.layers.3.attn (SlidingWindowSpec)", "without the backend CUSTOM")
+
+
+def test_a_loader_that_skips_a_call_is_refused_by_its_name():
+    config = types.SimpleNamespace(load_config=types.SimpleNamespace(load_format="tensorizer"))
+    (sentence,) = checks.loader(config)
+    assert_sentence(sentence, "load format tensorizer skips", "--load-format")
 
 
 # ---- stop ----------------------------------------------------------------------------------------------------------

@@ -190,3 +190,10 @@ def test_slow_ops_on_a_gpu_are_warned_of_with_their_reason(lines):
     assert [text for level, text in lines if level == "warning"] == [
         "HieraSparse: the reference ops run, which are slow on a GPU: the reason"
     ]
+
+
+@pytest.mark.parametrize("options, warned", [({}, 0), ({"prefill_kernel": "expand"}, 1), ({"decode_kernel": "mma"}, 1)])
+def test_on_a_cpu_only_options_without_effect_are_warned_of(lines, options, warned):
+    log_engine(config(), **options)
+    warnings = [text for level, text in lines if level == "warning"]
+    assert warnings == ["HieraSparse: the reference ops run: why"] * warned

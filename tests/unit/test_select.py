@@ -25,8 +25,8 @@ def gpu(monkeypatch):
     return monkeypatch
 
 
-def select(device=GPU, dtype=torch.bfloat16, layout=LAYOUT, group=4):
-    return ops.select(device, dtype, layout, group)
+def select(device=GPU, dtype=torch.bfloat16, layout=LAYOUT, group=4, kernels=()):
+    return ops.select(device, dtype, layout, group, *kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -49,6 +49,21 @@ def test_what_the_kernels_lack_is_told(gpu, wrong, reason):
     name, told, *kernels = select(**wrong)
     assert kernels == [None, None]
     assert name == "reference" and reason in told
+
+
+@pytest.mark.parametrize(
+    "kernels, told",
+    [
+        (("auto", "auto"), ""),
+        (("wgmma_sp", "auto"), "; options without effect: prefill_kernel"),
+        (("auto", "mma"), "; options without effect: decode_kernel"),
+        (("expand", "mma_sp"), "; options without effect: prefill_kernel, decode_kernel"),
+    ],
+)
+def test_kernels_that_the_reference_does_not_have_are_told(gpu, kernels, told):
+    assert select(group=17, kernels=kernels).reason.partition("this model has 17")[2] == told
+    gpu.setenv(ops.VARIABLE, "reference")
+    assert select(kernels=kernels) == ("reference", f"HIERASPARSE_OPS=reference{told}", None, None)
 
 
 def test_a_missing_extension_is_told(gpu):
