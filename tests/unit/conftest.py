@@ -1,11 +1,13 @@
 """Hypothesis is derandomized: a red test is red again on the next run and in CI.  The extension is compiled once."""
 
+import importlib.util
 import sys
 import sysconfig
 
 import pytest
 from hypothesis import settings
 
+from hierasparse_vllm import extension
 from tests.models import ROOT
 
 sys.path.append(str(ROOT / "tools"))
@@ -33,3 +35,14 @@ def built(tmp_path_factory, nvcc):
     """
     module = tmp_path_factory.mktemp("extension") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return module, cuda_build.build(module, nvcc, cuda_build.TARGETS)
+
+
+@pytest.fixture(scope="session")
+def module(request):
+    """The extension: the installed one, or one that is compiled for the tests."""
+    if extension.load() is not None:
+        return extension.load()
+    spec = importlib.util.spec_from_file_location("_C", request.getfixturevalue("built")[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

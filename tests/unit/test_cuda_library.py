@@ -1,7 +1,5 @@
 """Operators hand the extension arguments that it takes: without a GPU they fail at the launch, not before."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -45,17 +43,6 @@ CALLS = {
     "merge into float32": (QUERY.float(), LSE, QUERY.clone(), LSE.clone(), None),
     "merge of float32": (QUERY, LSE, QUERY.float(), LSE.clone(), None),
 }
-
-
-@pytest.fixture(scope="module")
-def module(request):
-    """The extension: the installed one, or one that is compiled for the tests."""
-    if extension.load() is not None:
-        return extension.load()
-    spec = importlib.util.spec_from_file_location("_C", request.getfixturevalue("built")[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.timeout(1800)  # it may be compiled first
