@@ -160,8 +160,9 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         """
         if self.window is None:  # a GPU profiles before metadata builders, which look too, are made
             checks.refuse(checks.loader(self.vllm_config))
+        out = output.view(-1, self.num_heads, self.head_size)
         if attn_metadata is None:
-            self.ops.reserve(output)
+            self.ops.reserve(out)
             return output.zero_()
         cache = self._layer_cache(kv_cache)
         batch = attn_metadata.batch(get_forward_context().attn_metadata[self.window.prefix])
@@ -170,6 +171,5 @@ class HieraSparseImpl(AttentionImpl[PageMetadata]):
         compressed = self.ops.update(key, value, batch, cache)
         if self.report is not None and compressed is not None:
             self.report.compressed(compressed)
-        out = output.view(-1, self.num_heads, self.head_size)
         self.ops.attend(query, batch, cache, self.scale, out)
         return output

@@ -350,3 +350,13 @@ def test_repeated_runs_give_the_same_bits(device):
         results.append(e.step([(seqs[0], 1), (seqs[1], 100)]))
     for a, b in zip(*results, strict=True):
         assert np.array_equal(a.view(torch.int16).numpy(), b.view(torch.int16).numpy())
+
+
+@pytest.mark.parametrize("where, floats", [("meta", 2 * 6 * 256 * 8192 + 3 * 40 * 6 * 64), ("cpu", 0)])
+def test_a_gpu_keeps_memory_for_the_scores_of_a_tile(where, floats, monkeypatch):
+    """vLLM measures it: later there is none left.  A device without data stands for the GPU."""
+    asked, empty = [0], torch.empty
+    out = empty(40, 6, 64, device=where)
+    monkeypatch.setattr(torch, "empty", lambda n, **kw: asked.append(n) or empty(n, **kw))
+    reference.ReferenceOps().reserve(out)
+    assert sum(asked) == floats

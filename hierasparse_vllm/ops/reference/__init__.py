@@ -20,7 +20,11 @@ class ReferenceOps:
     name = "reference"
 
     def reserve(self, out: torch.Tensor) -> None:
-        """Nothing: the workspace is small (`SLAB_PAGES`)."""
+        """On a GPU, where scores are in memory, those of a tile over a slab, their exponentials and float32 outputs; a
+        CPU's attention keeps none."""
+        if out.device.type != "cpu":
+            scores = out.shape[1] * PAGE_TOKENS * SLAB_PAGES * PAGE_TOKENS
+            torch.empty(2 * scores + 3 * out.numel(), dtype=torch.float32, device=out.device)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, batch: Batch, cache: LayerCache) -> int:
         self.store(key, value, batch, cache)
