@@ -127,14 +127,15 @@ def layer_policy(options: Options, layout: PageLayout, tables: dict[str, torch.T
     """
     calibrated = options.key_policy == "calibrated"
     keys = UNCALIBRATED["spread" if calibrated else options.key_policy].channels(kv_heads, layout.head_size)
+    weight = tables["k_weight"].float() if calibrated and "k_weight" in tables else None
     if calibrated:
-        weight = tables.get("k_weight", torch.ones(kv_heads, layout.head_size))
-        keys = Calibrated(tables.get("k_order", keys.order).long(), weight.float()).channels(kv_heads, layout.head_size)
+        order = tables.get("k_order", keys.order).long()
+        keys = Calibrated(order, weight).channels(kv_heads, layout.head_size)
     values = Tokens() if layout.value_axis == "token" else Channels()
     # A norm in which channels count by their magnitude alone says little of a key's logits: without weights, rescaling
     # doubled the divergence that 2:4 keys cost (docs/quality.md).
     return LayerPolicy(
-        SidePolicy(keys, mean=layout.key_mean, rescale=options.rescale and calibrated),
+        SidePolicy(keys, mean=layout.key_mean, rescale=options.rescale and weight is not None),
         SidePolicy(values, rescale=options.rescale),
     )
 
@@ -163,7 +164,7 @@ def read(path: str | Path, names: list[str] | None = None) -> tuple[dict[str, st
         with safe_open(path, framework="pt") as f:
             metadata, present = f.metadata() or {}, f.keys()
             found = {name: f.get_tensor(name) for name in present if names is None or name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # no such format, or no permission
         raise ValueError(
             f"HieraSparse: the tables file {path!r} cannot be read ({error}); it must be a safetensors file of "
             f"format {FORMAT}"

@@ -97,11 +97,12 @@ class Calibrated:
     Parameters
     ----------
     order : Tensor, int64 [H, D]
-    weight : Tensor, float32 [H, D]
+    weight : Tensor or None, float32 [H, D]
+        None: all channels count alike.
     """
 
     order: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | None
 
     def channels(self, kv_heads: int, head_size: int) -> Channels:
         return Channels(self.order, self.weight)

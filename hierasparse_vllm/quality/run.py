@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hierasparse_vllm import results
+from hierasparse_vllm.ops import VARIABLE
 from hierasparse_vllm.quality.arms import DENSE, Arm
 from hierasparse_vllm.quality.tasks import Sample
 from hierasparse_vllm.quality.texts import sha256_file
@@ -102,15 +103,17 @@ def job(plan: Plan, arm: Arm, dtype: str) -> dict[str, Any]:
     }
     tables = arm.options.get("tables")
     out["key"] = _digest(
-        json.dumps(out, sort_keys=True), json.dumps(results.versions()), code(), sha256_file(tables) if tables else ""
-    )
+        json.dumps(out, sort_keys=True), json.dumps(results.versions()), code(), sha256_file(tables) if tables else "",
+        os.environ.get(VARIABLE, ""),
+    )  # fmt: skip
     return out
 
 
 def code() -> str:
-    """Hash of the package's source."""
+    """Hash of the package's source and of its kernels, if they are built."""
     root = Path(__file__).resolve().parents[1]
-    return _digest(*(path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py"))))
+    sources = (path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py")))
+    return _digest(*sources, *map(sha256_file, sorted(root.glob("_C*.so"))))
 
 
 def execute(plan: Plan, arm: Arm, dtype: str, resume: bool) -> tuple[dict[str, Any], bool]:

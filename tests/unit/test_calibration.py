@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import struct
 import sys
 import types
@@ -184,7 +183,8 @@ def test_kinds_that_the_tables_do_not_have_are_the_defaults(kind, path):
     if kind == "k_weight":
         assert torch.equal(weight, want)
     else:
-        assert weight is None or (weight == 1).all()
+        assert weight is None
+    assert got.key.rescale == (kind == "k_weight"), "a norm without weights says little of a key's logits"
 
 
 @pytest.mark.parametrize("tables", [None, some_tables()], ids=["no tables", "tables"])
@@ -265,10 +265,14 @@ def test_a_truncated_file_is_refused(path):
     assert "cannot be read" in refusal(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_refused(path):
+def test_a_file_that_may_not_be_read_is_refused(path, monkeypatch):
+    """Which is what safetensors then says; root, as whom CI runs, may read every file."""
     write(path)
-    path.chmod(0)
+
+    def refused(*_, **__):
+        raise FileNotFoundError("No such file or directory")
+
+    monkeypatch.setattr(calibration, "safe_open", refused)
     assert "cannot be read" in refusal(path)
 
 
@@ -376,16 +380,11 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(path, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_weights_of_another_type_are_refused_or_become_float32(path, dtype):
+def test_weights_of_another_type_become_float32(path, dtype):
     """A policy has float32 weights, whoever wrote the file: kernels will read the bytes."""
     weight = some_tables()["k_weight"].to(dtype)
     save_file({f"{LAYER}.k_weight": weight}, str(path), metadata={**FORMAT, "model": MODEL})
-    try:
-        got = made(load(path)).key.grouping.weight
-    except ValueError as refused:
-        assert "k_weight" in str(refused)
-    else:
-        assert got.dtype == torch.float32
+    assert made(load(path)).key.grouping.weight.dtype == torch.float32
 
 
 def test_weights_of_zero_are_taken(path):

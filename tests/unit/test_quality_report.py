@@ -272,6 +272,20 @@ def test_a_tables_file_with_another_content_counts_as_a_change(plan, child, tmp_
     assert not run.execute(plan, ours, "float32", True)[1]
 
 
+def test_other_ops_and_other_kernels_count_as_a_change(plan, child, monkeypatch, tmp_path):
+    monkeypatch.setenv("HIERASPARSE_OPS", "")
+    run.execute(plan, ARMS["max"], "float32", True)
+    monkeypatch.setenv("HIERASPARSE_OPS", "reference")
+    assert not run.execute(plan, ARMS["max"], "float32", True)[1]
+    package = tmp_path / "package"
+    (package / "quality").mkdir(parents=True)
+    monkeypatch.setattr(run, "__file__", str(package / "quality" / "run.py"))
+    (package / "_C.so").write_bytes(b"1")
+    run.execute(plan, ARMS["max"], "float32", True)
+    (package / "_C.so").write_bytes(b"2")
+    assert not run.execute(plan, ARMS["max"], "float32", True)[1]
+
+
 def test_a_crash_removes_the_earlier_result_and_tells_the_last_error(plan, child):
     run.execute(plan, ARMS["max"], "float32", False)
     child.status, child.result = 1, None
