@@ -105,7 +105,8 @@ def entry(
         if arm.name == DENSE:
             out |= {"delta": 0.0, "delta_se": 0.0, "top1": 1.0}
         else:
-            out["delta"] = out["loss"] - _mean(text["loss"] for text in dense["texts"].values())
+            # Token by token in one process, as its standard error is: two processes may round heads differently.
+            out["delta"] = _mean(text["delta"] for text in texts.values())
             out["delta_se"] = math.sqrt(sum(text["delta_se"] ** 2 for text in texts.values())) / len(texts)
             out["kl"] = _mean(text["kl"] for text in texts.values())
             out["top1"] = _mean(text["top1"] for text in texts.values())

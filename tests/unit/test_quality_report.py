@@ -66,6 +66,13 @@ def test_measures_are_means_over_texts_beside_the_dense_arm(good):
     assert arm(good, "mustafar70")["delta"] == -0.25
 
 
+def test_a_loss_is_compared_in_the_arms_own_process():
+    """Whose dense head may round otherwise than the dense arm's."""
+    found = build({"dense": outcome((3.0, 4.0)), "max": outcome((3.3, 4.3), dense=(3.009, 4.009), dtype="bfloat16")})
+    ours = arm(found, "max")
+    assert ours["delta"] == pytest.approx(0.291) and ours["gate"]
+
+
 def test_every_trial_is_in_the_report_with_its_answer(good):
     task = arm(good, "max")["tasks"]["passkey"]
     assert (task["score"], task["passes"], task["n"]) == (0.5, 1, 2)
