@@ -95,13 +95,6 @@ def _check_list(name: str, x: torch.Tensor, dtype: torch.dtype, least: int = 0) 
         raise _wrong(f"{name} must be contiguous {_name(dtype)} with at least {least} entries")
 
 
-def _row_strides(x: torch.Tensor) -> tuple[int, int]:
-    """Bytes from a row, and from a head, of [rows, heads, D] to the next."""
-    if x.stride(2) != 1:
-        raise _wrong("the channels of a head must lie side by side")
-    return x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
-
-
 class _Rows:
     """What rows [n, heads, D] must be that a kernel reads or writes beside a layer's caches."""
 
@@ -115,7 +108,9 @@ class _Rows:
                 f"{name} must be {_name(self.dtype)} [rows, {heads}, {self.head_size}] with at least {rows} rows, "
                 f"not {_name(x.dtype)} {list(x.shape)}"
             )
-        return _row_strides(x)
+        if x.stride(2) != 1:
+            raise _wrong("the channels of a head must lie side by side")
+        return x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
 
 
 def _structs(function):
@@ -302,11 +297,12 @@ def expand(pages, window, layout, k_order, ids, k, v, blocks=None, tokens=None):
         behind = {"blocks": blocks.data_ptr(), "tokens": tokens.data_ptr(), "block_count": len(blocks)}
     if not need:  # an empty tensor has no address
         return
-    shape = PAGE_TOKENS, window.shape[1], window.shape[3] // 2
+    like = _Rows(window)
+    shape = PAGE_TOKENS, like.kv_heads, like.head_size
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != window.dtype or x.shape[1:] != shape or len(x) < need or x.stride(3) != 1:
+        if x.dtype != like.dtype or x.shape[1:] != shape or len(x) < need or x.stride(3) != 1:
             raise _wrong(
-                f"{name} must be {_name(window.dtype)} {[need, *shape]} or longer, the channels of a head side by side"
+                f"{name} must be {_name(like.dtype)} {[need, *shape]} or longer, the channels of a head side by side"
             )
     if k.stride() != v.stride():
         raise _wrong("k and v must have the same strides")
