@@ -37,10 +37,8 @@ cudaError_t with_head_size(int head_size, const char* kernel, F f) {
       return f(std::integral_constant<int, 128>{});
     case 256:
       return f(std::integral_constant<int, 256>{});
-    default:
-      require(false, std::string(kernel) + " has head sizes 64, 128 and 256, not " + std::to_string(head_size));
-      return cudaErrorInvalidValue;
   }
+  refuse(std::string(kernel) + " has head sizes 64, 128 and 256, not " + std::to_string(head_size));
 }
 
 template <class F>

@@ -7,8 +7,11 @@
 namespace hierasparse {
 
 // Python sees a ValueError.
+[[noreturn]] inline void refuse(const std::string& sentence) {
+  throw std::invalid_argument("HieraSparse: " + sentence + ".");
+}
 inline void require(bool good, const std::string& sentence) {
-  if (!good) throw std::invalid_argument("HieraSparse: " + sentence + ".");
+  if (!good) refuse(sentence);
 }
 
 }  // namespace hierasparse

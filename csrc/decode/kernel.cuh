@@ -48,6 +48,7 @@ __device__ __forceinline__ bool all_parts_there(const DecodeParams& p, const Pla
     if (last) *counter = 0;  // as the next launch expects it
   }
   __threadfence();
+  __syncwarp();  // the vote orders no memory: what other CTAs wrote is seen by all lanes behind the first one's fence
   return __any_sync(~0u, last);
 }
 

@@ -190,8 +190,8 @@ class Producer {
       if (mine_ == 0) rings_.kinds[consumer_][at_.stage(stages_)] = kind.pack();
       copy_steps<kChunkValues / kStep>(to, values);
       if (sparse) copy_steps<kChunkMeta / kStep>(to + kChunkValues, meta);
-      if (mean > 0 && part == 0 && mine_ < 2 * kD) {
-        copy_steps<(2 * kD + kStep - 1) / kStep>(to + kChunkValues + kChunkMeta, base + mean + mine_);
+      if (mean > 0 && part == 0) {
+        copy_steps<2 * kD / kStep>(to + kChunkValues + kChunkMeta, base + mean + mine_);
       }
       end();
     }

@@ -5,6 +5,7 @@
 // they lie costs each warp little.
 #pragma once
 
+#include "../../common/sub_block.cuh"
 #include "columns.cuh"
 
 namespace hierasparse::prefill_sm80 {
@@ -129,12 +130,10 @@ class Copier {
     constexpr PageLayout kSizes{kD, 2, 0, 0, 0, false};
     const PageLayout& layout = a_.params.cache.layout;
     const int lane = thread_index() % 32, sub = warp_ % kSubs;
-    // As PageLayout::k_sub and v_sub have it, without a branch.
     const uint32_t mask = side == 0 ? layout.k_mask(word) : layout.v_mask(word);
-    const int count = side == 0 ? layout.sparse_k : layout.sparse_v, rank = __popc(mask & ((1u << sub) - 1));
     const bool sparse = mask >> sub & 1;
-    const int offset = (side == 0 ? a_.k_offset : a_.v_offset) + (sparse ? rank : count) * kSizes.sparse_bytes() +
-                       (sparse ? 0 : sub - rank) * kSizes.dense_bytes();
+    const int offset = (side == 0 ? a_.k_offset : a_.v_offset) +
+                       sub_block_offset<kD>(mask, side == 0 ? layout.sparse_k : layout.sparse_v, sub);
     const uint8_t* from = region(shared_.own[warp_].id) + offset + lane * 16;
     const uint32_t to = shared_address(&shared_) + Shared<kD, kTiles>::bytes() + stage.at * a_.pair_bytes +
                         (side == 0 ? 0 : a_.key_bytes) + lane * 16;
