@@ -54,6 +54,20 @@ def main() -> None:
         seq = engine.sequence(600)
         for n in (520, 1, 79):  # a prefill with pages of its own, a decode step, a chunk
             engine.step([(seq, n)])
+    # Pages that are sparse throughout have kernels of their own, and so have other sizes and dtypes.
+    for axis, d, dtype in (
+        ("token", 128, torch.bfloat16),
+        ("token", 64, torch.bfloat16),
+        ("channel", 256, torch.float16),
+    ):
+        case = decode_cases.make_case([1100, 700], [1, 90], d=d, axis=axis, sparse=(4, 4), dtype=dtype)
+        for kernel in levels.able(levels.DECODE, capability, dtype, case.layout):
+            attend(case, decode_kernel=kernel)
+        for kernel in levels.able(levels.LEVELS, capability, dtype, case.layout):
+            attend(case, prefill_kernel=kernel)
+    layout = PageLayout(64, 2, 4, 4, "token", 1, True)
+    engine = Engine(layout, torch.float16, ReadRule(256), 2, 2, "cuda", blocks=40, rescale=True, ops=CudaOps())
+    engine.step([(engine.sequence(1100), 1100)])  # so many rows are stored by units of pages
     torch.cuda.synchronize()
 
 
