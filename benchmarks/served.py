@@ -23,19 +23,27 @@ class Way(NamedTuple):
 
 
 class Rival(NamedTuple):
-    """Suffix of the ids and name of a rival."""
+    """Stock vLLM: suffix of its rows' ids, its name, arguments of ``LLM``, and how tables call it."""
 
     suffix: str
     name: str
+    arguments: dict[str, Any]
+    shown: str
 
 
-OURS, BALANCED, TOKEN, STOCK, FP8 = "ours", "balanced", "vtoken", "stock", "fp8"
+OURS, BALANCED, TOKEN = "ours", "balanced", "vtoken"
+STOCK, BLOCKS, FP8 = "stock", "blocks256", "fp8"
 WAYS = {
     OURS: Way("", {}, f"default (`{Options.preset}`)"),
     TOKEN: Way("-vtoken", {"value_axis": "token"}, "V along tokens"),
     BALANCED: Way("-balanced", {"preset": "balanced"}, "`balanced`"),
 }
-RIVALS = {STOCK: Rival("", "vLLM, bf16 KV cache"), FP8: Rival("-vs-fp8", "vLLM, fp8 KV cache")}
+RIVALS = {
+    STOCK: Rival("", "vLLM, bf16 KV cache", {}, "bf16 cache"),
+    # FlashAttention-3 loads keys by TMA from blocks of a multiple of 128 tokens; vLLM's default is 16.
+    BLOCKS: Rival("-vs-blocks256", "vLLM, bf16 KV cache, --block-size 256", {"block_size": 256}, "bf16, blocks of 256"),
+    FP8: Rival("-vs-fp8", "vLLM, fp8 KV cache", {"kv_cache_dtype": "fp8"}, "fp8 cache"),
+}
 CASES = {
     "serve-decode-8x32768": Served("decode, 8 requests × 32 768 tokens", 1.33),
     "serve-decode-4x120000": Served("decode, 4 × 120 000", 1.42),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""vLLM with our cache (default options and others, see served.py) beside stock vLLM (bf16 and fp8 KV cache): decode
+"""vLLM with our cache (default options and others) beside stock vLLM (bf16 and fp8 KV cache), see served.py: decode
 steps, prefill, and requests that fit.
 
     python benchmarks/serving.py --list
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loa
 
 import checks
 from meters import Meter, yardstick
-from served import CASES, FP8, RIVALS, WAYS
+from served import CASES, RIVALS, WAYS
 
 from hierasparse_vllm import results
 from hierasparse_vllm.bench.cases import SHOWN
@@ -51,6 +52,8 @@ MOST_NEW = 2048
 """No request may end while others are still being prefilled."""
 WARM_CHUNKS = 3
 """Prompts of so many chunks run every kernel of a prefill: older context, pages of the chunk itself, decodes beside."""
+WHEN = "commit", "date"
+"""Of a figure: --keep brings those of other calls, too."""
 STUCK = 4
 """Steps without progress after which waiting requests are taken not to fit."""
 
@@ -92,9 +95,9 @@ def engine_arguments(args: argparse.Namespace, cases: list[Case]) -> dict[str, A
         }  # fmt: skip
     else:
         kw["gpu_memory_utilization"] = 0.9
-    if args.child == FP8:
-        kw["kv_cache_dtype"] = "fp8"
-    if args.child in WAYS:
+    if args.child in RIVALS:
+        kw |= RIVALS[args.child].arguments
+    else:
         kw |= {"attention_backend": "CUSTOM", "block_size": 256, "additional_config": {SECTION: options(args)}}
     return kw | json.loads(args.extra)
 
@@ -336,7 +339,7 @@ def run_arm(args: argparse.Namespace, arm: str, part: str, cases: list[Case], ta
 
 
 def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Result rows of every case that both we and a rival have measured."""
+    """Result rows of every case that both we and a rival have measured; commit and date are those of our figure."""
     out = []
     ids = dict.fromkeys(id for way in WAYS for id in measured.get(way, {}))
     for id in ids:
@@ -350,12 +353,11 @@ def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[
             about |= {"requests": case.requests} if case.requests else {}
             about |= {"ours": ours["about"], "rival": rival["about"]}
             about |= {"failed": [name for name, x in ((way, ours), (arm, rival)) if not x["good"]]}
-            out.append(
-                results.row(
-                    id + how.suffix + other.suffix, "serving", about, ours["value"], rival["value"], other.name, unit,
-                    less_is_better=less, gate=ours["good"] and rival["good"],
-                )
+            row = results.row(
+                id + how.suffix + other.suffix, "serving", about, ours["value"], rival["value"], other.name, unit,
+                less_is_better=less, gate=ours["good"] and rival["good"],
             )  # fmt: skip
+            out.append(row | {key: ours["about"][key] for key in WHEN})
     return out
 
 
@@ -423,7 +425,7 @@ def main() -> int:
         for arm in args.arms if chosen else ():
 
             def take(id: str, value: dict[str, Any], arm: str = arm) -> None:
-                value["about"]["commit"] = results.commit()
+                value["about"] |= dict(zip(WHEN, (results.commit(), datetime.date.today().isoformat())))
                 measured.setdefault(arm, {})[id] = value
                 print(f"{arm:6} {id:32} {value['value']:10.2f}", flush=True)
                 if args.keep:

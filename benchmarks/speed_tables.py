@@ -44,7 +44,9 @@ def goal(target: float | None, row: dict[str, Any]) -> str:
 def place(rows: list[dict[str, Any]]) -> str:
     """GPU, versions, dates and commits behind some rows."""
     first = rows[0]["versions"]
-    dates, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("date", "commit"))
+    rivals = {row["case"].get("rival", {}).get("date", row["date"]) for row in rows}  # an engine's may be another day's
+    dates = ", ".join(sorted({row["date"] for row in rows} | rivals))
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
     return f"{first['device']}, vLLM {first['vllm']}, PyTorch {first['torch']}, {dates}, commit {commits}."
 
 
@@ -55,25 +57,26 @@ def of(rows: Rows, ids) -> list[dict[str, Any]]:
 def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
     """Engine steps, and requests that fit, beside stock vLLM."""
     body, found = [], []
-    for id, served in SERVED.items():
-        for way in (WAYS[name] for name in ways):
-            beside = [rows.get(id + way.suffix + rival.suffix) for rival in RIVALS.values()]
-            if beside[0] is None:
+    ids = [(id, WAYS[name]) for id in SERVED for name in ways]
+    rivals = [r for r in RIVALS.values() if any(id + way.suffix + r.suffix in rows for id, way in ids)]
+    for id, way in ids:
+        beside = [rows.get(id + way.suffix + rival.suffix) for rival in rivals]
+        if not beside or beside[0] is None:
+            continue
+        found += filter(None, beside)
+        unit = beside[0]["unit"].removesuffix("/step")
+        line = [SERVED[id].what, way.shown, f"{figure(beside[0]['ours'])} {unit}"]
+        for r in beside:
+            if r is None:
+                line += ["", ""]
                 continue
-            found += filter(None, beside)
-            unit = beside[0]["unit"].removesuffix("/step")
-            line = [served.what, way.shown, f"{figure(beside[0]['ours'])} {unit}"]
-            for r in beside:
-                if r is None:
-                    line += ["", ""]
-                    continue
-                other = r["ours"] != beside[0]["ours"]
-                line += [figure(r["rival"]) + f" (ours {figure(r['ours'])})" * other]
-                line += [times(r["ratio"]) + OTHER_RUN * other]
-            target = None if way.suffix else served.target  # of the default options
-            body.append([*line, goal(target, beside[0]), f"`{id + way.suffix}`"])
-    what = "vLLM engine, Llama-3.1-8B shapes"
-    head = [what, "options", "ours", "bf16 cache", "better", "fp8 cache", "better", "target", "row"]
+            other = r["ours"] != beside[0]["ours"]
+            line += [figure(r["rival"]) + f" (ours {figure(r['ours'])})" * other]
+            line += [times(r["ratio"]) + OTHER_RUN * other]
+        target = None if way.suffix else SERVED[id].target  # of the default options
+        body.append([*line, goal(target, beside[0]), f"`{id + way.suffix}`"])
+    head = ["vLLM engine, Llama-3.1-8B shapes", "options", "ours"]
+    head += [cell for rival in rivals for cell in (rival.shown, "better")] + ["target", "row"]
     marked = any(OTHER_RUN in cell for line in body for cell in line)
     note = f" {OTHER_RUN} to ours in the run of that rival, in brackets." * marked
     return [*markdown(head, body), "", place(found) + note]
@@ -120,16 +123,23 @@ def others(rows: Rows) -> list[str]:
         if id in rows:
             r, unit = rows[id], rows[id]["unit"].replace("us", "µs")
             ours, rival = (spaced(round(x)) if x >= 1000 else f"{x:.1f}" for x in (r["ours"], r["rival"]))
-            ratios = [times(r["ratio"]), times(in_turn(r)) if "in_turn_us" in r["case"] else ""]
-            body.append([f"`{id}`", what, f"{ours} {unit}", f"{rival} {unit}", *ratios, goal(targets[id], r)])
-    return markdown(["row", "what; rival", "ours", "rival", "ratio", "launch by launch", "target"], body)
+            ratios = [times(r["ratio"]), goal(targets[id], r), large_pages(r), in_turn(r)]
+            body.append([f"`{id}`", what, f"{ours} {unit}", f"{rival} {unit}", *ratios])
+    head = ["row", "what; rival", "ours", "rival", "ratio", "target", "rival's pages of 256", "launch by launch"]
+    return [*markdown(head, body), "", place(of(rows, (id for id in targets if not id.startswith("decode-"))))]
 
 
-def in_turn(row: dict[str, Any]) -> float:
+def in_turn(row: dict[str, Any]) -> str:
     """A prefill row's ratio when the two kernels take turns with every launch (docs/benchmarks.md)."""
-    seconds = dict(row["case"]["in_turn_us"])
-    ours = seconds.pop(kernels.OURS)
-    return min(seconds.values()) / ours
+    took = dict(row["case"].get("in_turn_us", {}))
+    ours = took.pop(kernels.OURS, 0)
+    return times(min(took.values()) / ours) if took else ""
+
+
+def large_pages(row: dict[str, Any]) -> str:
+    """A prefill row's ratio to the rival on pages of 256 tokens."""
+    took = row["case"].get("rival_alone_us", {}).get("256")
+    return times(took / row["ours"]) if took else ""
 
 
 PLACES = {

@@ -85,6 +85,11 @@ class Case:
         """Whether the step runs in a CUDA graph, as vLLM's decode steps do."""
         return self.queries == 1
 
+    @property
+    def prefill(self) -> bool:
+        """Whether the step is a chunk of a prefill, which draws all the power that the card allows."""
+        return self.work == "attend" and not self.captured
+
     # ---- which tokens are where -------------------------------------------------------------------------------------
     @property
     def computed(self) -> int:

@@ -1,6 +1,8 @@
 """The benchmarks' cases and what follows from them, and their caches and checks on tiny shapes."""
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from hierasparse_vllm import results
-from hierasparse_vllm.bench import cases, gate, kernels, timing
+from hierasparse_vllm.bench import cases, fresh, gate, kernels, timing
 from hierasparse_vllm.bench.caches import Caches
 from hierasparse_vllm.bench.cases import CASES, Case
 from hierasparse_vllm.cli import main
@@ -126,7 +128,7 @@ def test_the_scripts_of_the_repository_list_the_same_cases():
 def measured(monkeypatch):
     """`kernels.measure` on a CPU: the ops given, no rival but a no-op, and every run takes as long as asked."""
 
-    def measure(case, ops=None, ours=2e-5, rival=3e-5):
+    def measure(case, ops=None, ours=2e-5, rival=3e-5, alone_us=None):
         monkeypatch.setattr(kernels, "cuda_ops", lambda case, device: ops or ReferenceOps())
         monkeypatch.setattr(kernels.rivals, "variants", lambda case, sets, device: {"a": [id] * sets, "b": [id] * sets})
         seconds = {kernels.OURS: ours, "a": 2 * rival, "b": rival}
@@ -135,7 +137,7 @@ def measured(monkeypatch):
         monkeypatch.setattr(timing, "captured", timing.eager)
         monkeypatch.setattr(kernels, "l2_bytes", lambda device: 1)
         monkeypatch.setattr(kernels, "Caches", lambda *a: Caches(*a, pattern=(2, 2)))
-        return kernels.measure(case, torch.device("cpu"), 4e12, quick=True)
+        return kernels.measure(case, torch.device("cpu"), 4e12, quick=True, alone_us=alone_us)
 
     return measure
 
@@ -159,6 +161,46 @@ def test_rates_and_operations_have_their_own_columns(measured):
     row = measured(case)  # prefill: what counts is a time in blocks
     assert row["ours"] == 40 and row["case"]["in_turn_us"] == {kernels.OURS: 20, "a": 60, "b": 30}
     assert row["case"]["tflops"] == pytest.approx(case.flops / 40e-6 / 1e12, rel=1e-3)
+
+
+def test_a_prefill_s_rival_counts_where_it_is_faster_alone(measured):
+    """`measured` has the rival take 60 us in blocks and us 40."""
+    case = replace(tiny(tokens=900, queries=300), target=1.4)
+    for alone, rival, variant in ((52.0, 52, kernels.ALONE), (70.0, 60, "b")):
+        row = measured(case, alone_us={64: alone, 256: 38.0})
+        assert (row["rival"], row["case"]["rival_variant"]) == (rival, variant)
+        assert row["case"]["rival_alone_us"] == {"64": alone, "256": 38.0}
+        assert kernels.line(row, case).endswith("(0.95 of pages of 256)")
+
+
+def test_rivals_alone_are_timed_in_a_new_process_before_anything_else(monkeypatch):
+    case, done = next(case for case in CASES if case.prefill), []
+    flash = SimpleNamespace(flash_attention=lambda case, dtype, device, page: {"own splits": page})
+    monkeypatch.setattr(fresh, "rivals", flash)
+    monkeypatch.setattr(timing, "alternate", lambda runs, n: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(timing, "in_blocks", lambda runs, each: {page: run * 1e-6 for page, run in runs.items()})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def run(command, **kw):
+        assert command[:3] == [sys.executable, "-m", "hierasparse_vllm.bench.fresh"] and kw["check"]
+        done.append(command[3:])
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            fresh.main(command[3:])
+        return SimpleNamespace(stdout=f"a library's greeting\n{shown.getvalue()}")
+
+    monkeypatch.setattr(fresh.subprocess, "run", run)
+    assert fresh.measure([case]) == {case.id: {64: 64.0, 256: 256.0}}
+    # `run` has asked for them when the first thing runs on the device.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "selection", lambda case, device: None)
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kernels.run(SimpleNamespace(only=[case.id, "decode-d64"], list=False, alone=False, quick=False))
+    assert done == [[case.id]] * 2
+    with pytest.raises(ZeroDivisionError):
+        kernels.run(SimpleNamespace(only=[case.id], list=False, alone=False, quick=True))
+    assert len(done) == 2, "a quick look takes what is beside us"
 
 
 class Clock:
@@ -317,8 +359,8 @@ def serving_rows(measured):
     return serving_benchmark.rows(measured, args)
 
 
-def one(value, good=True):
-    return {"value": value, "good": good, "about": {}}
+def one(value, good=True, date="2026-11-29", commit="abc"):
+    return {"value": value, "good": good, "about": {"date": date, "commit": commit}}
 
 
 def test_serving_rows_come_with_each_rival_that_was_measured():
@@ -336,6 +378,7 @@ def test_serving_rows_come_with_each_rival_that_was_measured():
     assert [row["ratio"] for row in rows.values()] == [1.3, 0.9, 1.6]
     assert [row["gate"] for row in rows.values()] == ["green", "green", "red"]
     assert rows["serve-decode-8x32768"]["case"]["requests"] == 8
+    assert {(row["date"], row["commit"]) for row in rows.values()} == {("2026-11-29", "abc")}, "of a kept figure"
     shown = serving_benchmark.table(list(rows.values()))
     assert "1.33 MISSED" in shown and "RED: stock" in shown and "25" not in shown.replace("32768", "")
 

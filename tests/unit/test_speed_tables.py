@@ -31,13 +31,15 @@ def test_a_missed_target_is_named_and_a_red_row_is_not_quoted(tmp_path):
 
 
 def test_a_ratio_to_another_figure_of_ours_says_so_and_to_which():
-    row = {"unit": "ms/step", "ours": 2.0, "rival": 3.0, "ratio": 1.5, "date": "2026-11-29", "commit": "abc"}
+    row = {"unit": "ms/step", "ours": 2.0, "rival": 3.0, "ratio": 1.5, "case": {}}
+    row |= {"date": "2026-11-29", "commit": "abc"}
     row["versions"] = {"device": "NVIDIA H200", "vllm": "0.26.0", "torch": "2.11.0"}
     id = "serve-decode-8x32768"
     for ours, says in ((2.0, False), (2.5, True)):
         rows = {id: row, f"{id}-vs-fp8": row | {"ours": ours, "ratio": 3.0 / ours}}
         *lines, note = speed_tables.serving(rows)
         cells = [cell.strip() for cell in lines[2].split("|")]
+        assert "bf16, blocks of 256" not in lines[0], "no row has it"
         assert cells[3:6] == ["2 ms", "3", "1.50 ×"], "of the same run"
         assert cells[6:8] == (["3 (ours 2.5)", "1.20 ×†"] if says else ["3", "1.50 ×"])
         assert ("† to ours in the run of that rival, in brackets." in note) == says
