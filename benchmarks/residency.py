@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
@@ -24,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loa
 import checks
 
 from hierasparse_vllm import results
+from hierasparse_vllm.bench.cases import SHOWN
+from hierasparse_vllm.options import SECTION, Options
 
 # A Llama as small as the layout allows: one layer, one KV head of 64 channels.
 TINY = {
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     overrides = {"max_position_embeddings": longest + 64} | ({"num_hidden_layers": args.layers} if args.layers else {})
     kw = {"hf_overrides": overrides}
     if args.child == "ours":
-        options = {"hierasparse": json.loads(args.options)}
+        options = {SECTION: json.loads(args.options)}
         kw |= {"attention_backend": "CUSTOM", "block_size": 256, "additional_config": options}
     llm = LLM(
         args.model, load_format=args.load_format, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
@@ -91,7 +94,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="use only so many layers")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(TARGETS))
     parser.add_argument("--chunk", type=int, default=8192, help="max_num_batched_tokens")
-    parser.add_argument("--options", default='{"preset": "max"}', help="section hierasparse of --additional-config")
+    parser.add_argument("--options", metavar="JSON", default="{}", help="options of ours; default: ours")
     parser.add_argument("--out", type=Path, help="result file to update")
     parser.add_argument("--child", choices=("ours", "stock"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -113,6 +116,7 @@ def main() -> int:
                 print(child.stdout[-3000:], f"the engine of arm {arm!r} failed, see above", sep="\n")
                 return 1
             measured[arm] = {n: rest for n, *rest in lines}
+    options = asdict(Options.from_additional_config({SECTION: json.loads(args.options)}))
     rows, good = [], True
     print(f"{'tokens':>9} {'stock bytes':>15} {'blocks':>7} {'our bytes':>15} {'blocks':>7} {'share':>7}  target")
     for n in args.lengths:
@@ -128,7 +132,7 @@ def main() -> int:
             "tokens": n,
             "model": Path(args.model).name if args.model else "tiny-dummy",
             "layers": args.layers,
-            "options": json.loads(args.options),
+            "options": {name: options[name] for name in SHOWN},
         }
         rows.append(
             results.row(

@@ -123,9 +123,10 @@ def others(rows: Rows) -> list[str]:
         if id in rows:
             r, unit = rows[id], rows[id]["unit"].replace("us", "µs")
             ours, rival = (spaced(round(x)) if x >= 1000 else f"{x:.1f}" for x in (r["ours"], r["rival"]))
-            ratios = [times(r["ratio"]), goal(targets[id], r), large_pages(r), in_turn(r)]
+            ratios = [times(r["ratio"]), goal(targets[id], r), large_pages(r), in_turn(r), flops(r)]
             body.append([f"`{id}`", what, f"{ours} {unit}", f"{rival} {unit}", *ratios])
-    head = ["row", "what; rival", "ours", "rival", "ratio", "target", "rival's pages of 256", "launch by launch"]
+    head = ["row", "what; rival", "ours", "rival", "ratio", "target", "to its pages of 256", "launch by launch"]
+    head += ["our TFLOP/s (of the shared-memory bound)"]
     return [*markdown(head, body), "", place(of(rows, (id for id in targets if not id.startswith("decode-"))))]
 
 
@@ -142,8 +143,25 @@ def large_pages(row: dict[str, Any]) -> str:
     return times(took / row["ours"]) if took else ""
 
 
+def flops(row: dict[str, Any]) -> str:
+    """A prefill row's rate, and the share of the bound where the kernel has one."""
+    about = row["case"]
+    share = f" ({about['of_bound']:.0%})".replace("%", " %") if "of_bound" in about else ""
+    return f"{about['tflops']:.0f}{share}" if "tflops" in about else ""
+
+
+def held(rows: Rows) -> list[str]:
+    """Bytes of one decoding request."""
+    found = sorted((row for row in rows.values() if row["suite"] == "residency"), key=lambda row: row["case"]["tokens"])
+    body = [
+        [spaced(row["case"]["tokens"]), spaced(row["rival"]), spaced(row["ours"]), f"{row['ours'] / row['rival']:.3f}"]
+        for row in found
+    ]
+    return [*markdown(["tokens", "dense", "ours", "share"], body), "", place(found)]
+
+
 PLACES = {
-    "README.md": {"speed": served_shortly},
+    "README.md": {"speed": served_shortly, "bytes": held},
     "docs/kernels.md": {"decode": decode, "others": others, "serving": serving},
 }
 
