@@ -25,8 +25,9 @@ data: env  ## fetch the small model and the long text that demo and tests use
 demo: data  ## serve the model with a compressed KV cache, ask it about a long document, show what it saved
 	@$(VENV) tools/demo.py
 
-test: data  ## run the tests; ARGS="-k page -x" is passed on to pytest
-	$(VENV) -m pytest tests $(ARGS)
+# Two at a time, since a test has one thread; a file's tests in one process, which share its engines.
+test: data  ## run the tests; ARGS="-k page -x" is passed on to pytest, "-n 0" runs them one by one
+	$(VENV) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env  ## check the code with ruff
 	$(VENV) -m ruff check .

@@ -1,5 +1,6 @@
 """Hypothesis is derandomized: a red test is red again on the next run and in CI.  The extension is compiled once."""
 
+import fcntl
 import importlib.util
 import sys
 import sysconfig
@@ -34,7 +35,10 @@ def built(tmp_path_factory, nvcc):
     Minutes on two cores, seconds where build/cuda-objects is current: tests that use it need a long timeout.
     """
     module = tmp_path_factory.mktemp("extension") / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return module, cuda_build.build(module, nvcc, cuda_build.TARGETS)
+    cuda_build.CACHE.mkdir(parents=True, exist_ok=True)
+    with (cuda_build.CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of pytest-xdist may be at it
+        return module, cuda_build.build(module, nvcc, cuda_build.TARGETS)
 
 
 @pytest.fixture(scope="session")
