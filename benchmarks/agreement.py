@@ -5,14 +5,15 @@
     python benchmarks/agreement.py --model DIR --load-format dummy        # random token ids, no tokenizer
 
 Each arm is a real engine in a process of its own and answers the same prompts: alone, then again (prefix cache), then
-all in one batch.  S = 0 must agree with stock up to rounding; S = 1 must agree with its oracle ``storage: dense_page``
-and shows beside stock what compression changes.  Prints what the log says of the backend, too.
+all in one batch.  S = 0 must agree with stock up to rounding, and S = 1 with its oracle ``storage: dense_page``, or the
+status is 1; beside stock S = 1 shows what compression changes.  Prints what the log says of the backend, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -28,6 +29,9 @@ ARMS = {
     "S=1 dense_page": {"preset": "max", "storage": "dense_page"},
 }
 LENGTHS = (100, 255, 1000, 3000)
+ROUNDING = {"float32": 1e-3}
+"""By how much rounding may change a log-probability in a dtype, and a tie be decided otherwise; others: `COARSE`."""
+COARSE = 0.25
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,8 +90,9 @@ def run(args: argparse.Namespace) -> None:
     print("RESULT", json.dumps({"answers": result, "seconds": time.time() - start}), flush=True)
 
 
-def compare(name: str, mine: dict, rival: dict) -> bool:
-    """Print one line per prompt; whether no log-probability before the first difference is NaN."""
+def compare(name: str, mine: dict, rival: dict, noise: float) -> bool:
+    """Print one line per prompt; whether log-probabilities differ by less than ``noise`` up to the first other token,
+    and that only where the rival was as little decided."""
     good = True
     for case, (tokens, logprobs, _, cached) in mine.items():
         other, other_logprobs, gaps, _ = rival[case]
@@ -99,7 +104,7 @@ def compare(name: str, mine: dict, rival: dict) -> bool:
             else f"differs at token {same} (rival's top-2 gap {gaps[same]:.3f})"
         )
         print(f"  {name:34} {case:11} cached {cached or 0:5}  max |dlogprob| {change:.1e}  {flip}")
-        good &= all(x == x for x in logprobs)
+        good &= change < noise and all(x == x for x in logprobs) and (same == len(tokens) or gaps[same] < noise)
     return good
 
 
@@ -138,9 +143,11 @@ def main() -> int:
         done[arm] = json.loads(next(line for line in lines if line.startswith("RESULT "))[7:])
         print(f"  [{arm}] {done[arm]['seconds']:.1f} s")
     answers = {arm: d["answers"] for arm, d in done.items()}
-    good = compare("S=0 against stock", answers["S=0"], answers["stock"])
-    good &= compare("S=1 against S=1 dense_page", answers["S=1"], answers["S=1 dense_page"])
-    good &= compare("S=1 against stock", answers["S=1"], answers["stock"])
+    noise = ROUNDING.get(args.dtype, COARSE)
+    good = compare("S=0 against stock", answers["S=0"], answers["stock"], noise)
+    good &= compare("S=1 against S=1 dense_page", answers["S=1"], answers["S=1 dense_page"], noise)
+    compare("S=1 against stock", answers["S=1"], answers["stock"], math.inf)
+    print("agree" if good else f"differ by more than rounding does ({noise} nats)")
     return 0 if good else 1
 
 

@@ -129,9 +129,12 @@ def layer_tables(sample: LayerSample, seed: int, device: torch.device) -> Found:
 
 
 def divergence(sample: LayerSample, keys: Channels, device: torch.device) -> torch.Tensor:
-    """KL divergence (nats) of attention over pruned keys from attention over the exact ones, mean over queries: [H]."""
+    """KL divergence (nats) of attention over pruned keys from attention over the exact ones, mean over queries: [H].
+
+    Sink rows, which an engine keeps of a request's first page, are pruned like all others here.
+    """
     heads, d = sample.pages[0].shape[1], sample.pages[0].shape[3]
-    policy = SidePolicy(keys.to(device), mean=True, rescale=True)
+    policy = SidePolicy(keys.to(device), mean=True, rescale=keys.weight is not None)  # as calibration.layer_policy
     total = torch.zeros(heads, device=device)
     for pages, queries in zip(sample.pages, sample.queries):
         pages, queries = pages.to(device), queries.to(device)

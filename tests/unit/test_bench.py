@@ -353,6 +353,23 @@ def test_samples_are_the_first_the_last_and_others():
     assert (0, 0) in chosen and (3, 999) in chosen and 2 < len(chosen) <= 8
 
 
+# ---- agreement -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "tokens, logprobs, good",
+    [
+        ([1, 2, 3], [-0.5, -0.1, -0.2], True),
+        ([1, 2, 3], [-0.5, -0.6, -0.2], False),
+        ([1, 2, 3], [-0.5, float("nan"), -0.2], False),
+        ([1, 7, 3], [-0.5, -9.0, -9.0], True),  # the rival was not decided there, and what follows is another text
+        ([1, 2, 7], [-0.5, -0.1, -0.2], False),
+    ],
+)
+def test_agreement_fails_where_rounding_is_no_reason(tokens, logprobs, good, capsys):
+    rival = {"100 cold": ([1, 2, 3], [-0.5, -0.1, -0.2], [2.0, 0.01, 3.0], 0)}
+    assert scripts.load("agreement").compare("a", {"100 cold": (tokens, logprobs, [], 0)}, rival, 0.25) == good
+    assert "100 cold" in capsys.readouterr().out
+
+
 # ---- serving -------------------------------------------------------------------------------------------------------
 def serving_rows(measured):
     args = serving_benchmark.arguments().parse_args(["--model", "some/llama"])

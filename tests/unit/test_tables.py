@@ -9,7 +9,8 @@ import torch
 
 from hierasparse_vllm import calibration, cli
 from hierasparse_vllm.ops.reference.codec import prune_side
-from hierasparse_vllm.page import SUBS
+from hierasparse_vllm.options import Options
+from hierasparse_vllm.page import SUBS, PageLayout
 from hierasparse_vllm.policy import Channels, LayerPolicy, SidePolicy, Spread
 from hierasparse_vllm.quality import budget, calibrate, order
 
@@ -81,12 +82,16 @@ def test_a_sample_keeps_mean_squares_whole_pages_and_later_queries():
     assert [q.shape for q in got.queries] == [(2, 3 * calibrate.QUERIES, D)] * 2
 
 
-def test_divergence_is_that_of_the_attention_over_the_sampled_pages(device):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_divergence_is_that_of_the_attention_over_the_sampled_pages(device, weighted):
     got, _ = sample(texts=1)
-    keys = Spread().channels(2, D)
+    keys = Channels(Spread().channels(2, D).order, torch.ones(2, D) if weighted else None)
     found = calibrate.divergence(got, keys, device)
     pages, queries = got.pages[0], got.queries[0]
-    pruned = prune_side(pages, SidePolicy(keys, mean=True, rescale=True), SUBS)
+    tables = {"k_order": keys.order} | ({"k_weight": keys.weight} if weighted else {})
+    options = Options(tables="some", policy="calibrated")
+    engine = calibration.layer_policy(options, PageLayout(D, 2, SUBS, SUBS, "channel", 0, True), tables, 2).key
+    pruned = prune_side(pages, engine, SUBS)
     for h in range(2):
         p, q = (torch.softmax(queries[h].double() @ x[:, h].reshape(-1, D).double().T / 8, -1) for x in (pages, pruned))
         assert found[h].item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
