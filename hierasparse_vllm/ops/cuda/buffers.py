@@ -40,9 +40,14 @@ class Buffers:
         self, kv_heads: int, head_size: int, dtype: torch.dtype, mib: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As many dense pages of a layer as fit into ``mib`` mebibytes, at least one: K and V [pages, 256, H, D]."""
-        page = kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
-        n = max(1, (mib << 20) // (2 * page))
-        return dense_pages(self.expanded[: 2 * n * page].view(dtype), n, kv_heads, head_size)
+        n, page = _room(kv_heads, head_size, dtype, mib)
+        return dense_pages(self.expanded[: n * page].view(dtype), n, kv_heads, head_size)
+
+
+def _room(kv_heads: int, head_size: int, dtype: torch.dtype, mib: int) -> tuple[int, int]:
+    """How many dense pages fit into ``mib`` mebibytes, at least one; and bytes of K and V of each."""
+    page = 2 * kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
+    return max(1, (mib << 20) // page), page
 
 
 def dense_pages(memory: torch.Tensor, pages: int, kv_heads: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,8 +75,8 @@ def buffers(device: torch.device, head_size: int, kv_heads: int, dtype: torch.dt
     with torch.cuda.device(device):
         ctas = c.decode_ctas()
     floats = c.decode_workspace_floats(head_size=head_size, ctas=ctas)
-    page = 2 * kv_heads * PAGE_TOKENS * head_size * dtype.itemsize
-    dense = max(prefill_mib << 20, page)
+    pages, page = _room(kv_heads, head_size, dtype, prefill_mib)
+    dense = pages * page
     if have is None or have.workspace.numel() < floats or have.expanded.numel() < dense:
         room = (floats, dense) if have is None else (max(floats, len(have.workspace)), max(dense, len(have.expanded)))
         _BUFFERS[device] = have = Buffers(
