@@ -145,7 +145,7 @@ def test_an_older_vllm_without_some_fields_has_no_refusal():
 
 ENGINE = [
     ({"disable_hybrid_kv_cache_manager": True}, "hybrid", "--disable-hybrid-kv-cache-manager"),
-    ({"kv_transfer_config": object()}, "KV connectors", "--kv-transfer-config"),
+    ({"kv_transfer_config": "a connector's"}, "KV connectors", "--kv-transfer-config"),
     ({"decode_context_parallel_size": 2}, "context parallelism", "--decode-context-parallel-size"),
     ({"prefill_context_parallel_size": 4}, "context parallelism", "--prefill-context-parallel-size"),
     ({"enable_dbo": True}, "micro-batching", "--enable-dbo"),
