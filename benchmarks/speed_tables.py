@@ -54,8 +54,8 @@ def of(rows: Rows, ids) -> list[dict[str, Any]]:
     return [rows[id] for id in ids if id in rows]
 
 
-def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
-    """Engine steps, and requests that fit, beside stock vLLM."""
+def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS), short: bool = False) -> list[str]:
+    """Engine steps, and requests that fit, beside stock vLLM; ``short``: without targets and ids."""
     body, found = [], []
     ids = [(id, WAYS[name]) for id in SERVED for name in ways]
     rivals = [r for r in RIVALS.values() if any(id + way.suffix + r.suffix in rows for id, way in ids)]
@@ -74,9 +74,9 @@ def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
             line += [figure(r["rival"]) + f" (ours {figure(r['ours'])})" * other]
             line += [times(r["ratio"]) + OTHER_RUN * other]
         target = None if way.suffix else SERVED[id].target  # of the default options
-        body.append([*line, goal(target, beside[0]), f"`{id + way.suffix}`"])
+        body.append(line + ([] if short else [goal(target, beside[0]), f"`{id + way.suffix}`"]))
     head = ["vLLM engine, Llama-3.1-8B shapes", "options", "ours"]
-    head += [cell for rival in rivals for cell in (rival.shown, "better")] + ["target", "row"]
+    head += [cell for rival in rivals for cell in (rival.shown, "better")] + ([] if short else ["target", "row"])
     marked = any(OTHER_RUN in cell for line in body for cell in line)
     note = f" {OTHER_RUN} to ours in the run of that rival, in brackets." * marked
     return [*markdown(head, body), "", place(found) + note]
@@ -84,7 +84,7 @@ def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS)) -> list[str]:
 
 def served_shortly(rows: Rows) -> list[str]:
     """The same, for those who only want to know what to expect."""
-    return serving(rows, (OURS, TOKEN))
+    return serving(rows, (OURS, TOKEN), short=True)
 
 
 def figure(x: float) -> str:
