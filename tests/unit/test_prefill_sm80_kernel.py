@@ -87,9 +87,9 @@ def check(kernel, folder, case, splits=1, steep=False, pairs=8):
             assert error.max() <= 2e-2 * want.abs().max() + 1e-6
             assert ((got_lse.T - want_lse).abs() <= 1e-4 * want_lse.abs() + 1e-2).all()
         else:
-            assert error.max() <= 2 * allowed.max() + 1e-3, (error.max(), allowed.max())  # NaN fails too
-            assert error.mean() <= 1.5 * allowed.mean() + 1e-4
-            assert (got_lse.T - want_lse).abs().max() < 1e-2
+            assert error.max() <= 2 * allowed.max() + 1e-5, (error.max(), allowed.max())  # NaN fails too
+            assert error.mean() <= 1.5 * allowed.mean() + 1e-6
+            assert (got_lse.T - want_lse).abs().max() < 1e-3
     assert written.sum() == seen
     assert ((out == 0).all(-1).transpose(1, 2) | ~(lse == -torch.inf)).all(), "empty columns are zeros"
     assert out[:, case.batch.query_start[-1] :].isnan().all(), "padding rows are not written"
