@@ -25,7 +25,8 @@ class Answer(NamedTuple):
 def engine(model: str, options: dict | None, **kw):
     """An ``LLM`` with our backend and ``options``; with stock attention if ``options`` is None.
 
-    Every engine with options is checked to run our backend in every attention layer.
+    Every engine with options is checked to run our backend in every attention layer, unless these are in processes of
+    their own.
     """
     from vllm import LLM
 
@@ -36,7 +37,9 @@ def engine(model: str, options: dict | None, **kw):
         kw.setdefault("prefix_cache_retention_interval", 256)
     llm = LLM(model, enforce_eager=True, disable_log_stats=False, seed=0, **kw)
     try:
-        if options is not None:
+        if kw.get("tensor_parallel_size", 1) > 1:
+            assert not implementations(llm)
+        elif options is not None:
             assert implementations(llm) == {"HieraSparseImpl"}
         else:
             assert "HieraSparseImpl" not in implementations(llm)
