@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loads this file
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when a test loa
 import checks
 
 from hierasparse_vllm import results
-from hierasparse_vllm.bench.cases import SHOWN
+from hierasparse_vllm.bench.cases import shown
 from hierasparse_vllm.options import SECTION, Options
 
 # A Llama as small as the layout allows: one layer, one KV head of 64 channels.
@@ -116,7 +115,7 @@ def main() -> int:
                 print(child.stdout[-3000:], f"the engine of arm {arm!r} failed, see above", sep="\n")
                 return 1
             measured[arm] = {n: rest for n, *rest in lines}
-    options = asdict(Options.from_additional_config({SECTION: json.loads(args.options)}))
+    options = shown(Options.from_additional_config({SECTION: json.loads(args.options)}))
     rows, good = [], True
     print(f"{'tokens':>9} {'stock bytes':>15} {'blocks':>7} {'our bytes':>15} {'blocks':>7} {'share':>7}  target")
     for n in args.lengths:
@@ -132,7 +131,7 @@ def main() -> int:
             "tokens": n,
             "model": Path(args.model).name if args.model else "tiny-dummy",
             "layers": args.layers,
-            "options": {name: options[name] for name in SHOWN},
+            "options": options,
         }
         rows.append(
             results.row(

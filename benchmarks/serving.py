@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import itertools
 import json
 import os
@@ -27,7 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +37,7 @@ from meters import Meter, yardstick
 from served import CASES, RIVALS, WAYS
 
 from hierasparse_vllm import results
-from hierasparse_vllm.bench.cases import SHOWN
+from hierasparse_vllm.bench.cases import shown
 from hierasparse_vllm.options import SECTION, Options
 
 ARMS = (*RIVALS, *WAYS)
@@ -52,8 +50,6 @@ MOST_NEW = 2048
 """No request may end while others are still being prefilled."""
 WARM_CHUNKS = 3
 """Prompts of so many chunks run every kernel of a prefill: older context, pages of the chunk itself, decodes beside."""
-WHEN = "commit", "date"
-"""Of a figure: --keep brings those of other calls, too."""
 STUCK = 4
 """Steps without progress after which waiting requests are taken not to fit."""
 
@@ -128,8 +124,7 @@ def child(args: argparse.Namespace) -> None:
     good = True
     if args.child in WAYS:
         ops = engine.ops()
-        all_of_them = asdict(Options.from_additional_config({SECTION: options(args)}))
-        about |= {"ops": sorted(ops), "options": {name: all_of_them[name] for name in SHOWN}}
+        about |= {"ops": sorted(ops), "options": shown(Options.from_additional_config({SECTION: options(args)}))}
         good = bool(ops) and "reference" not in ops
 
     def tell(id: str, value: float, fine: bool, **more: Any) -> None:
@@ -353,11 +348,12 @@ def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[
             about |= {"requests": case.requests} if case.requests else {}
             about |= {"ours": ours["about"], "rival": rival["about"]}
             about |= {"failed": [name for name, x in ((way, ours), (arm, rival)) if not x["good"]]}
-            row = results.row(
-                id + how.suffix + other.suffix, "serving", about, ours["value"], rival["value"], other.name, unit,
-                less_is_better=less, gate=ours["good"] and rival["good"],
+            out.append(
+                results.row(
+                    id + how.suffix + other.suffix, "serving", about, ours["value"], rival["value"], other.name, unit,
+                    less_is_better=less, gate=ours["good"] and rival["good"], when=ours["about"],
+                )
             )  # fmt: skip
-            out.append(row | {key: ours["about"][key] for key in WHEN})
     return out
 
 
@@ -425,7 +421,7 @@ def main() -> int:
         for arm in args.arms if chosen else ():
 
             def take(id: str, value: dict[str, Any], arm: str = arm) -> None:
-                value["about"] |= dict(zip(WHEN, (results.commit(), datetime.date.today().isoformat())))
+                value["about"] |= results.now()  # --keep brings figures of other calls, too
                 measured.setdefault(arm, {})[id] = value
                 print(f"{arm:6} {id:32} {value['value']:10.2f}", flush=True)
                 if args.keep:

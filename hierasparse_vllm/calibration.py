@@ -132,12 +132,19 @@ def layer_policy(options: Options, layout: PageLayout, tables: dict[str, torch.T
         order = tables.get("k_order", keys.order).long()
         keys = Calibrated(order, weight).channels(kv_heads, layout.head_size)
     values = Tokens() if layout.value_axis == "token" else Channels()
-    # A norm in which channels count by their magnitude alone says little of a key's logits: without weights, rescaling
-    # doubled the divergence that 2:4 keys cost (docs/quality.md).
     return LayerPolicy(
-        SidePolicy(keys, mean=layout.key_mean, rescale=options.rescale and weight is not None),
+        key_policy(keys, layout.key_mean, options.rescale),
         SidePolicy(values, rescale=options.rescale),
     )
+
+
+def key_policy(keys: Channels, mean: bool, rescale: bool) -> SidePolicy:
+    """Policy of K: without weights keys are not rescaled, even if the option says so.
+
+    A norm in which channels count by their magnitude alone says little of a key's logits: rescaling then doubled the
+    divergence that 2:4 keys cost (docs/quality.md).
+    """
+    return SidePolicy(keys, mean, rescale and keys.weight is not None)
 
 
 def layer_layout(options: Options, layout: PageLayout, tables: dict[str, torch.Tensor]) -> PageLayout:

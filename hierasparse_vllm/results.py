@@ -31,6 +31,7 @@ def row(
     *,
     less_is_better: bool,
     gate: bool,
+    when: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A result with what is needed to repeat it.
 
@@ -42,13 +43,21 @@ def row(
         Direction of ``unit``: decides which way the ratio goes.
     gate : bool
         Whether the case's correctness check passed; a speed of a red case must not be quoted.
+    when : dict, optional
+        Holds commit and date of the figures, as `now` has given them; default: now.
     """
+    when = when or now()
     better, worse = (rival, ours) if less_is_better else (ours, rival)
     return {
         "id": id, "suite": suite, "case": case, "ours": ours, "rival": rival, "rival_name": rival_name, "unit": unit,
-        "ratio": round(better / worse, 4) if worse else None, "gate": "green" if gate else "red", "commit": commit(),
-        "versions": versions(), "date": datetime.date.today().isoformat(),
+        "ratio": round(better / worse, 4) if worse else None, "gate": "green" if gate else "red",
+        "commit": when["commit"], "versions": versions(), "date": when["date"],
     }  # fmt: skip
+
+
+def now() -> dict[str, str]:
+    """Commit and date of what is measured now."""
+    return {"commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,11 @@ SHOWN = (
     "prefill_kernel", "decode_kernel",
 )  # fmt: skip
 """Options that a result row tells."""
+
+
+def shown(options: Options) -> dict[str, Any]:
+    """What a result row tells of the options."""
+    return {name: getattr(options, name) for name in SHOWN}
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,9 @@ class Case:
     def row(self) -> dict[str, Any]:
         """The case as a result row tells it."""
         shape = ("work", "batch", "tokens", "queries", "heads", "kv_heads", "head_size")
-        options = asdict(self.settings.options)
         return {name: getattr(self, name) for name in shape} | {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "options": {name: options[name] for name in SHOWN},
+            "options": shown(self.settings.options),
             "rival_page": RIVAL_PAGE,
         }
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hierasparse_vllm.calibration import key_policy
 from hierasparse_vllm.ops.reference.codec import prune_side
 from hierasparse_vllm.page import PAGE_TOKENS, SUBS
-from hierasparse_vllm.policy import Channels, SidePolicy, Spread
+from hierasparse_vllm.policy import Channels, Spread
 
 POWERS = (0.0, 0.5, 1.0)
 PAGES, QUERIES = 4, 64
@@ -134,7 +135,7 @@ def divergence(sample: LayerSample, keys: Channels, device: torch.device) -> tor
     Sink rows, which an engine keeps of a request's first page, are pruned like all others here.
     """
     heads, d = sample.pages[0].shape[1], sample.pages[0].shape[3]
-    policy = SidePolicy(keys.to(device), mean=True, rescale=keys.weight is not None)  # as calibration.layer_policy
+    policy = key_policy(keys.to(device), mean=True, rescale=True)
     total = torch.zeros(heads, device=device)
     for pages, queries in zip(sample.pages, sample.queries):
         pages, queries = pages.to(device), queries.to(device)
