@@ -52,6 +52,8 @@ CASES = {
     "serve-decode-32x512": Served("decode, 32 × 512", 0.95),
     "serve-prefill-4x120000": Served("prefill, 4 × 120 000", 1.10),
     "serve-prefill-8x8192": Served("prefill, 8 × 8 192", 0.97),
+    "serve-prefill-4x120000-chunk2048": Served("prefill, 4 × 120 000, chunks of 2 048", None),
+    "serve-prefill-4x120000-chunk16384": Served("prefill, 4 × 120 000, chunks of 16 384", None),
     "serve-resident-32768": Served("requests of 32 768 tokens that fit", 1.6),
     "serve-resident-120000": Served("requests of 120 000 tokens that fit", 1.65),
 }

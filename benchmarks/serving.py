@@ -37,7 +37,7 @@ from meters import Meter, yardstick
 from served import CASES, RIVALS, WAYS
 
 from hierasparse_vllm import results
-from hierasparse_vllm.bench.cases import shown
+from hierasparse_vllm.bench.cases import SHARED_MEMORY_BOUND, shown
 from hierasparse_vllm.options import SECTION, Options
 
 ARMS = (*RIVALS, *WAYS)
@@ -48,6 +48,8 @@ SETTLE, STEPS = 8, 64
 """Decode steps before the clock starts, and under it."""
 MOST_NEW = 2048
 """No request may end while others are still being prefilled."""
+CHUNK = 8192
+"""Tokens of a step (``max_num_batched_tokens``) where a case's id has no other number."""
 WARM_CHUNKS = 3
 """Prompts of so many chunks run every kernel of a prefill: older context, pages of the chunk itself, decodes beside."""
 STUCK = 4
@@ -55,24 +57,27 @@ STUCK = 4
 
 
 class Case(NamedTuple):
-    """What an id means: ``serve-decode-8x32768``, ``serve-resident-32768``, and others of that form."""
+    """What an id means: ``serve-decode-8x32768``, ``serve-prefill-8x8192-chunk2048``, ``serve-resident-32768``, and
+    others of that form; ``chunk`` is vLLM's ``max_num_batched_tokens``."""
 
     id: str
     kind: str
     requests: int
     tokens: int
+    chunk: int
 
     @classmethod
     def parse(cls, id: str) -> Case:
-        match = re.fullmatch(r"serve-(?:(decode|prefill)-(\d+)x|(resident)-)(\d+)", id)
+        match = re.fullmatch(r"serve-(?:(decode|prefill)-(\d+)x|(resident)-)(\d+)(?:-chunk(\d+))?", id)
         if not match:
             raise SystemExit(f"{id!r} is no case; --list shows them, others of the same form are possible")
-        kind, requests, resident, tokens = match.groups()
-        return cls(id, kind or resident, int(requests or 0), int(tokens))
+        kind, requests, resident, tokens, chunk = match.groups()
+        return cls(id, kind or resident, int(requests or 0), int(tokens), int(chunk or CHUNK))
 
     @property
-    def part(self) -> str:
-        return RESIDENT if self.kind == RESIDENT else SPEED
+    def process(self) -> tuple[str, int]:
+        """Cases that agree in this are measured by one process of an arm: its part, and its engine's chunk."""
+        return RESIDENT if self.kind == RESIDENT else SPEED, self.chunk
 
 
 # ---- an arm's process ----------------------------------------------------------------------------------------------
@@ -81,10 +86,10 @@ def engine_arguments(args: argparse.Namespace, cases: list[Case]) -> dict[str, A
     kw = {
         "model": args.model, "load_format": args.load_format, "skip_tokenizer_init": True, "dtype": "bfloat16",
         "max_model_len": max(case.tokens for case in cases) + MOST_NEW, "max_num_seqs": 128,
-        "max_num_batched_tokens": args.chunk, "enable_prefix_caching": False, "seed": 0,
+        "max_num_batched_tokens": cases[0].chunk, "enable_prefix_caching": False, "seed": 0,
     }  # fmt: skip
     if args.part == RESIDENT:
-        share = args.resident_layers / layers(args.model)
+        share = args.resident_layers / configuration(args.model)["num_hidden_layers"]
         kw |= {
             "enforce_eager": True, "hf_overrides": {"num_hidden_layers": args.resident_layers},
             "kv_cache_memory_bytes": int(args.resident_gib * share * 2**30),
@@ -98,9 +103,9 @@ def engine_arguments(args: argparse.Namespace, cases: list[Case]) -> dict[str, A
     return kw | json.loads(args.extra)
 
 
-def layers(model: str) -> int:
-    """Layers of the model."""
-    return json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
+def configuration(model: str) -> dict[str, Any]:
+    """The model's config.json."""
+    return json.loads((Path(model) / "config.json").read_text())
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +125,8 @@ def child(args: argparse.Namespace) -> None:
     llm = LLM(**engine_arguments(args, cases))
     print(f"engine ready after {time.monotonic() - start:.0f} s", flush=True)
     engine = Engine(llm.llm_engine)
-    about = {"arm": args.child, "chunk": args.chunk, "graphs": engine.graphs(), "blocks": engine.blocks()}
+    chunk = cases[0].chunk
+    about = {"arm": args.child, "chunk": chunk, "graphs": engine.graphs(), "blocks": engine.blocks()}
     good = True
     if args.child in WAYS:
         ops = engine.ops()
@@ -132,7 +138,7 @@ def child(args: argparse.Namespace) -> None:
 
     if args.part == SPEED:  # what is compiled, loaded or allocated on first use
         engine.speed(1, min(case.tokens for case in cases))
-        engine.speed(2, min(max(case.tokens for case in cases), WARM_CHUNKS * args.chunk))
+        engine.speed(2, min(max(case.tokens for case in cases), WARM_CHUNKS * chunk))
         about |= {"yardstick_fresh": fresh, "yardstick": yardstick()}
     # The short ones first: what fails early costs little.
     shapes = collections.defaultdict(list)
@@ -301,8 +307,10 @@ class Engine:
 
 
 # ---- all arms ------------------------------------------------------------------------------------------------------
-def run_arm(args: argparse.Namespace, arm: str, part: str, cases: list[Case], take) -> bool:
-    """Run an arm's process; ``take(id, measured)`` is called as soon as it has measured something."""
+def run_arm(args: argparse.Namespace, arm: str, cases: list[Case], take) -> bool:
+    """Run an arm's process for cases that agree in `Case.process`; ``take(id, measured)`` is called as soon as it has
+    measured something."""
+    part, chunk = cases[0].process
     own = ["--child", arm, "--part", part, "--only", *(case.id for case in cases)]
     command = [sys.executable, __file__, *sys.argv[1:], *own]
     start = time.monotonic()
@@ -315,7 +323,7 @@ def run_arm(args: argparse.Namespace, arm: str, part: str, cases: list[Case], ta
     log = None
     if args.logs:
         args.logs.mkdir(parents=True, exist_ok=True)
-        log = (args.logs / f"{part}-{arm}.log").open("w")
+        log = (args.logs / f"{part}-{arm}-{chunk}.log").open("w")
     for line in process.stdout:
         if line.startswith("RESULT "):
             take(*json.loads(line[7:]))
@@ -347,6 +355,8 @@ def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[
             about = {"model": Path(args.model).name, "load_format": args.load_format, "tokens": case.tokens}
             about |= {"requests": case.requests} if case.requests else {}
             about |= {"ours": ours["about"], "rival": rival["about"]}
+            if case.kind == "prefill":
+                about |= rates(case, args.model, ours["value"], rival["value"])
             about |= {"failed": [name for name, x in ((way, ours), (arm, rival)) if not x["good"]]}
             out.append(
                 results.row(
@@ -355,6 +365,18 @@ def rows(measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[
                 )
             )  # fmt: skip
     return out
+
+
+def rates(case: Case, model: str, ours: float, rival: float) -> dict[str, float]:
+    """TFLOP/s of a prefill, from tokens/s: products and causal attention as for a dense cache; and the share of the
+    rate at which shared memory feeds sparse products (docs/kernels.md)."""
+    c = configuration(model)
+    heads, kv_heads, hidden = c["num_attention_heads"], c["num_key_value_heads"], c["hidden_size"]
+    width = c.get("head_dim", hidden // heads)
+    weights = hidden * width * (2 * heads + 2 * kv_heads) + 3 * hidden * c["intermediate_size"]
+    per_token = c["num_hidden_layers"] * (2 * weights + 4 * heads * width * (case.tokens + 1) / 2)
+    mine, other = (round(per_token * tokens / 1e12, 1) for tokens in (ours, rival))
+    return {"tflops": mine, "rival_tflops": other, "of_bound": round(mine * 1e12 / SHARED_MEMORY_BOUND, 3)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -384,7 +406,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--options", metavar="JSON", default="{}", help="further options of ours, in section hierasparse")
     add("--resident-gib", type=float, default=108, metavar="GIB", help="KV cache of the whole model, for all layers")
     add("--resident-layers", type=int, default=2, metavar="N", help="layers that are run, with their share of it")
-    add("--chunk", type=int, default=8192, metavar="N", help="max_num_batched_tokens")
     add("--extra", metavar="JSON", default="{}", help="further arguments of vLLM's LLM, for every arm")
     add("--profile", type=int, default=0, metavar="STEPS", help="show which kernels so many steps of each shape run")
     add("--limit", type=float, default=400, metavar="SECONDS", help="longest time of one process")
@@ -416,9 +437,8 @@ def main() -> int:
     checks.json_object(parser, "--extra", args.extra)
     measured = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     good = True
-    for part in (SPEED, RESIDENT):
-        chosen = [case for case in cases if case.part == part]
-        for arm in args.arms if chosen else ():
+    for process in dict.fromkeys(case.process for case in cases):
+        for arm in args.arms:
 
             def take(id: str, value: dict[str, Any], arm: str = arm) -> None:
                 value["about"] |= results.now()  # --keep brings figures of other calls, too
@@ -429,7 +449,7 @@ def main() -> int:
                 if args.out:
                     results.write(args.out, rows(measured, args))
 
-            good &= run_arm(args, arm, part, chosen, take)
+            good &= run_arm(args, arm, [case for case in cases if case.process == process], take)
     made = rows(measured, args)
     print(table(made))
     return 0 if good and all(row["gate"] == "green" for row in made) else 1

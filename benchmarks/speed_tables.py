@@ -66,6 +66,8 @@ def serving(rows: Rows, ways: tuple[str, ...] = tuple(WAYS), short: bool = False
         found += filter(None, beside)
         unit = beside[0]["unit"].removesuffix("/step")
         line = [SERVED[id].what, way.shown, f"{figure(beside[0]['ours'])} {unit}"]
+        if not short and (rate := flops(beside[0])):
+            line[-1] += f", {rate.replace(' (', ' TFLOP/s (')}"
         for r in beside:
             if r is None:
                 line += ["", ""]
@@ -144,10 +146,9 @@ def large_pages(row: dict[str, Any]) -> str:
 
 
 def flops(row: dict[str, Any]) -> str:
-    """A prefill row's rate, and the share of the bound where the kernel has one."""
+    """A prefill row's rate, and its share of the shared-memory bound."""
     about = row["case"]
-    share = f" ({about['of_bound']:.0%})".replace("%", " %") if "of_bound" in about else ""
-    return f"{about['tflops']:.0f}{share}" if "tflops" in about else ""
+    return f"{about['tflops']:.0f} ({about['of_bound']:.0%})".replace("%", " %") if "of_bound" in about else ""
 
 
 def held(rows: Rows) -> list[str]:

@@ -158,7 +158,8 @@ class Case:
 
 MOST_SETS = 8
 SHARED_MEMORY_BOUND = 1170e12
-"""Operations per second at which shared memory feeds sparse warpgroup products, on one H200 (docs/kernels.md)."""
+"""Operations per second at which shared memory feeds sparse warpgroup products, on one H200 (docs/kernels.md): the
+highest rate of attention that we know a way to, which every prefill row is compared with."""
 
 
 def read_bytes(layout: PageLayout) -> int:

@@ -19,7 +19,9 @@ from hierasparse_vllm.ops.cuda import levels
 
 OURS, ALONE = "ours", "in a process of its own"
 SUITE = "kernels"
-COLUMNS = f"{'id':30} {'ours us':>9} {'rival us':>9} {'TB/s':>6} {'of copy':>7} {'TFLOP/s':>7} {'ratio':>6}  target"
+OF_BOUND = f"of {SHARED_MEMORY_BOUND / 1e12:.0f}"
+RATES = f"{'TB/s':>6} {'of copy':>7} {'TFLOP/s':>7} {OF_BOUND:>7}"
+COLUMNS = f"{'id':30} {'ours us':>9} {'rival us':>9} {RATES} {'ratio':>6}  target"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,8 +114,7 @@ def measure(
     if case.prefill:
         about |= {"tflops": _short(case.flops / ours / 1e12)}
         about |= {"rival_tflops": _short(case.flops / seconds[variant] / 1e12)}
-        if getattr(caches.ops, "level", None) == "wgmma_sp":
-            about |= {"of_bound": _short(case.flops / ours / SHARED_MEMORY_BOUND)}
+        about |= {"of_bound": _short(case.flops / ours / SHARED_MEMORY_BOUND)}
     else:
         rate = case.bytes / ours
         about |= {"bytes": case.bytes, "tb_s": _short(rate / 1e12), "of_copy": _short(rate / ceiling)}
@@ -189,17 +190,14 @@ def line(row: dict[str, Any], case: Case) -> str:
     if row["gate"] == "red":
         return f"{row['id']:30} RED: {about['check']}"
     target = "" if case.target is None else f"{case.target:.2f} {'met' if row['ratio'] >= case.target else 'MISSED'}"
-    share = f"{about['of_copy']:7.0%}" if "of_copy" in about else f"{'':7}"
-    rate, flops = about.get("tb_s", ""), about.get("tflops", "")
+    share, bound = (f"{about[name]:7.0%}" if name in about else f"{'':7}" for name in ("of_copy", "of_bound"))
+    rates = f"{about.get('tb_s', ''):>6} {share} {about.get('tflops', ''):>7} {bound}"
     other = "".join(
         f"  ({us / about['us']:.2f} of pages of {page})"
         for page, us in about.get("rival_alone_us", {}).items()
         if int(page) != RIVAL_PAGE
     )
-    return (
-        f"{row['id']:30} {about['us']:9.1f} {about['rival_us']:9.1f} {rate:>6} {share} {flops:>7} {row['ratio']:6.2f}  "
-        f"{target}{other}"
-    )
+    return f"{row['id']:30} {about['us']:9.1f} {about['rival_us']:9.1f} {rates} {row['ratio']:6.2f}  {target}{other}"
 
 
 def listing(chosen: list[Case]) -> str:

@@ -65,6 +65,16 @@ class Case:
     dense: list  # of (K, V) [tokens, H, D] per request
     seen: list  # of (K, V) float32 [pages * 256, H, D] per request
 
+    def sizes(self) -> tuple[float, float]:
+        """The least and the largest size of a score of the pages: what a test of such scores is about."""
+        least, most = float("inf"), 0.0
+        for request, (seen, _) in enumerate(self.seen):
+            start, end = self.batch.query_start[request : request + 2].tolist()
+            q = self.query[start:end].float().unflatten(1, (seen.shape[1], -1))
+            size = (torch.einsum("qhgd,nhd->qhgn", q, seen) * self.scale).abs()
+            least, most = min(least, size.min().item()), max(most, size.max().item())
+        return least, most
+
     @property
     def cache(self) -> LayerCache:
         """As the ops take it; tests change what it is made of."""
@@ -107,10 +117,15 @@ def make_case(
     seed=0,
     spare_blocks=5,
     amplitude=1.0,
+    level=0.0,
     shared_prefix=False,
     device="cuda",
 ) -> Case:
-    """A batch of requests of ``lengths`` tokens that asks ``queries`` last ones of each; a length of 0 is padding."""
+    """A batch of requests of ``lengths`` tokens that asks ``queries`` last ones of each; a length of 0 is padding.
+
+    A ``level`` raises keys, and every other query reads them with the opposite sign: all scores of a row are then far
+    below zero, or far above it.
+    """
     g = torch.Generator().manual_seed(seed)
     layout = PageLayout(d, dtype.itemsize, *sparse, axis, sinks, mean)
     policy = layer_policy(kv_heads, d, layout, g, device)
@@ -127,7 +142,7 @@ def make_case(
     dense, seen, prefix = [], [], None
     for i, (n, asked) in enumerate(zip(lengths, queries)):
         k, v = amplitude * torch.randn(2, n, kv_heads, d, generator=g).to(device)
-        k, v = (k + torch.randn(kv_heads, d, generator=g).to(device)).to(dtype), v.to(dtype)
+        k, v = (k + torch.randn(kv_heads, d, generator=g).to(device) + level).to(dtype), v.to(dtype)
         if shared_prefix and prefix is not None:
             common = min(n, len(prefix[0])) // PAGE_TOKENS * PAGE_TOKENS
             k[:common], v[:common] = prefix[0][:common], prefix[1][:common]
@@ -152,7 +167,11 @@ def make_case(
         if shared_prefix and prefix is None:
             prefix = k, v, ids
     starts = torch.tensor([0, *queries]).cumsum(0).int()
-    q = torch.randn(int(starts[-1]) + PADDING, kv_heads * group, d, generator=g).to(device, dtype)
+    q = torch.randn(int(starts[-1]) + PADDING, kv_heads * group, d, generator=g)
+    if level:
+        q[0::2] += 2
+        q[1::2] -= 2
+    q = q.to(device, dtype)
     q[starts[-1] :] = torch.nan
     batch = Batch(
         query_start=starts,

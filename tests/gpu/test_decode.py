@@ -125,11 +125,17 @@ def test_many_requests(cases):
     check_kernels(case)
 
 
-@pytest.mark.parametrize("amplitude", [1e-3, 30.0, 300.0])
+STEEPNESS = {"amplitude": 1e-3}, {"amplitude": 30.0}, {"amplitude": 3000.0}, {"level": 1500.0}
+
+
+@pytest.mark.parametrize("steepness", STEEPNESS, ids=str)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_flat_and_steep_scores(cases, amplitude, dtype):
-    """Scores of about +-1e4 try the stale maximum; tiny ones the sums."""
-    case = cases.make_case([3000, 700], [1, 2], amplitude=amplitude, dtype=dtype, seed=5)
+def test_flat_and_steep_scores(cases, steepness, dtype):
+    """Scores of more than +-1e4 try the stale maximum, also where a row has only such; tiny ones the sums."""
+    case = cases.make_case([3000, 700], [1, 2], dtype=dtype, seed=5, mean="level" not in steepness, **steepness)
+    least, most = case.sizes()
+    assert steepness.get("amplitude", 0) < 1000 or most > 1e4
+    assert "level" not in steepness or least > 1e4
     out = attend(case)
     for request in range(2):
         rows, want = case.expected(request)

@@ -96,15 +96,31 @@ def test_a_long_chunk_or_a_long_context(cases, length, chunk, kernel):
     check(case, attend(case, kernel=kernel))
 
 
-@pytest.mark.parametrize("amplitude", [1e-3, 30.0, 300.0])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_flat_and_steep_scores(cases, amplitude, dtype, kernel):
-    # Without the mean, whose sums with the stored differences the expanded rows round: that is worth whole units here.
-    case = cases.make_case([3000, 700], [500, 700], amplitude=amplitude, mean=False, seed=5, dtype=dtype, axis="token")
-    out = attend(case, kernel=kernel)
-    for request in range(2):
+def check_steep(case, out):
+    """Few keys decide here: a key's last bit is worth much, so by the size of what is expected."""
+    for request in range(len(case.dense)):
         rows, want = case.expected(request)
         assert (out[rows.cuda()].float() - want).abs().max() <= 2e-2 * want.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("amplitude", [1e-3, 30.0, 2000.0])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_flat_and_steep_scores(cases, amplitude, dtype, kernel):
+    """Scores of more than +-1e4 try the guessed maximum; tiny ones the sums."""
+    # Without the mean, whose sums with the stored differences the expanded rows round: that is worth whole units here.
+    case = cases.make_case([3000, 700], [500, 700], amplitude=amplitude, mean=False, seed=5, dtype=dtype, axis="token")
+    assert amplitude < 1000 or case.sizes()[1] > 1e4
+    check_steep(case, attend(case, kernel=kernel))
+
+
+@pytest.mark.parametrize("sparse", [(4, 4), (2, 3)])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_rows_whose_scores_are_all_far_from_zero(cases, sparse, dtype, kernel):
+    """All below -1e4 in every other row, all above 1e4 in the rest."""
+    case = cases.make_case([3000, 700], [500, 300], level=1500.0, mean=False, seed=6, dtype=dtype, axis="token",
+                           sparse=sparse)  # fmt: skip
+    assert case.sizes()[0] > 1e4
+    check_steep(case, attend(case, kernel=kernel))
 
 
 @pytest.mark.parametrize(

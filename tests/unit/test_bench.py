@@ -26,7 +26,7 @@ from tests.unit import scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 serving_benchmark, launch_profile = scripts.load("serving"), scripts.load("launch_profile")
-meters, power = scripts.load("meters"), scripts.load("power")
+meters, power, products = scripts.load("meters"), scripts.load("power"), scripts.load("products")
 
 
 def documented(section):
@@ -161,6 +161,7 @@ def test_rates_and_operations_have_their_own_columns(measured):
     row = measured(case)  # prefill: what counts is a time in blocks
     assert row["ours"] == 40 and row["case"]["in_turn_us"] == {kernels.OURS: 20, "a": 60, "b": 30}
     assert row["case"]["tflops"] == pytest.approx(case.flops / 40e-6 / 1e12, rel=1e-3)
+    assert row["case"]["of_bound"] == pytest.approx(case.flops / 40e-6 / 1170e12, rel=1e-3)
 
 
 def test_a_prefill_s_rival_counts_where_it_is_faster_alone(measured):
@@ -370,9 +371,40 @@ def test_agreement_fails_where_rounding_is_no_reason(tokens, logprobs, good, cap
     assert "100 cold" in capsys.readouterr().out
 
 
+# ---- products ------------------------------------------------------------------------------------------------------
+def test_the_products_program_compiles_and_says_what_is_wrong(tmp_path, nvcc):
+    program = products.compiled(tmp_path)
+    for arguments, says in (([], "usage: products PRODUCT SECONDS"), (["1", "0.1"], "CUDA")):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode and says in done.stderr
+    with pytest.raises(SystemExit, match="product 9 did not run: usage"):
+        products.run(program, 9)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 3])
+def test_rates_of_products_are_rows_and_wrong_products_are_red(tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(results, "versions", dict)
+    monkeypatch.setattr(products, "compiled", lambda folder: folder)
+    monkeypatch.setattr(
+        products, "run", lambda _, product: (product != wrong, [800.0, 1600.0, 500.0, 900.0][product], {})
+    )
+    monkeypatch.setattr(sys, "argv", ["products.py", "--out", str(tmp_path / "rows.json")])
+    assert products.main() == (wrong is not None)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["id"], row["ours"], row["rival"]) for row in rows] == [
+        ("products-wgmma", 1600, 800), ("products-mma", 900, 500),
+    ]  # fmt: skip
+    assert [row["gate"] for row in rows] == [
+        "red" if wrong in (pair.sparse, pair.dense) else "green" for pair in products.PAIRS
+    ]
+    assert ("RED" in capsys.readouterr().out) == (wrong is not None)
+
+
 # ---- serving -------------------------------------------------------------------------------------------------------
-def serving_rows(measured):
-    args = serving_benchmark.arguments().parse_args(["--model", "some/llama"])
+def serving_rows(measured, model="some/llama"):
+    args = serving_benchmark.arguments().parse_args(["--model", str(model)])
     return serving_benchmark.rows(measured, args)
 
 
@@ -382,7 +414,7 @@ def one(value, good=True, date="2026-11-29", commit="abc"):
 
 def test_serving_rows_come_with_each_rival_that_was_measured():
     measured = {
-        "ours": {"serve-decode-8x32768": one(10.0), "serve-resident-32768": one(40), "serve-prefill-8x8192": one(9.0)},
+        "ours": {"serve-decode-8x32768": one(10.0), "serve-resident-32768": one(40), "serve-prefill-8x8": one(9.0)},
         "stock": {"serve-decode-8x32768": one(13.0), "serve-resident-32768": one(25, good=False)},
         "fp8": {"serve-decode-8x32768": one(9.0)},
         "balanced": {"serve-decode-8x32768": one(6.5)},
@@ -400,9 +432,25 @@ def test_serving_rows_come_with_each_rival_that_was_measured():
     assert "1.33 MISSED" in shown and "RED: stock" in shown and "25" not in shown.replace("32768", "")
 
 
+def test_a_prefill_s_operations_per_second_follow_from_the_model(tmp_path):
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"intermediate_size": 64}))
+    id = "serve-prefill-3x1001-chunk100"
+    (row,) = serving_rows({"ours": {id: one(2e6)}, "stock": {id: one(1e6)}}, tmp_path)
+    # Of one layer and token: Q, K, V, O of 32, 16, 16, 32 rows; three products of the MLP; 501 keys on average.
+    products, attention = 2 * 32 * (32 + 16 + 16 + 32) + 3 * 2 * 32 * 64, 4 * 501 * 32
+    want = 2 * (products + attention) * 2e6 / 1e12
+    assert row["case"]["tflops"] == pytest.approx(want, abs=0.05) and want > 0.3
+    assert row["case"]["rival_tflops"] == pytest.approx(want / 2, abs=0.05)
+    assert row["case"]["of_bound"] == pytest.approx(want / 1170, abs=5e-4)
+
+
 def test_other_serving_cases_of_the_same_form_can_be_named():
-    assert serving_benchmark.Case.parse("serve-decode-2x600") == ("serve-decode-2x600", "decode", 2, 600)
-    assert serving_benchmark.Case.parse("serve-resident-600").part == serving_benchmark.RESIDENT
+    parse = serving_benchmark.Case.parse
+    assert parse("serve-decode-2x600") == ("serve-decode-2x600", "decode", 2, 600, serving_benchmark.CHUNK)
+    assert parse("serve-prefill-2x600-chunk100")[1:] == ("prefill", 2, 600, 100)
+    assert parse("serve-resident-600").process == (serving_benchmark.RESIDENT, serving_benchmark.CHUNK)
+    assert parse("serve-prefill-2x600-chunk100").process == (serving_benchmark.SPEED, 100)
     with pytest.raises(SystemExit, match="no case"):
         serving_benchmark.Case.parse("serve-decode-2")
 

@@ -130,11 +130,16 @@ def test_outputs(kernel, tmp_path, name, splits):
     check(kernel, tmp_path, case, splits)
 
 
-@pytest.mark.parametrize("amplitude, axis", list(itertools.product([1e-3, 300.0], ["channel", "token"])))
+STEEP = {"tiny": {"amplitude": 1e-3}, "above 10 000": {"amplitude": 3000.0}, "far from zero": {"level": 1500.0},
+         "far from zero, mixed": {"level": 1500.0, "sparse": (2, 3)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, axis", list(itertools.product(STEEP, ["channel", "token"])))
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_flat_and_steep_scores(kernel, tmp_path, amplitude, axis, dtype):
-    """Scores of about +-1e4 try the stale maximum; tiny ones the sums."""
-    case = decode_cases.make_case(
-        [770], [20], d=64, amplitude=amplitude, axis=axis, dtype=dtype, window=0, mean=False, device="cpu"
-    )
+def test_flat_and_steep_scores(kernel, tmp_path, name, axis, dtype):
+    """Scores of more than +-1e4 try the guessed maximum, also where a row has only such; tiny ones the sums."""
+    case = decode_cases.make_case([770], [20], d=64, axis=axis, dtype=dtype, window=0, mean=False, device="cpu",
+                                  **STEEP[name])  # fmt: skip
+    least, most = case.sizes()
+    assert name == "tiny" or (most if "amplitude" in STEEP[name] else least) > 1e4
     check(kernel, tmp_path, case, steep=True)

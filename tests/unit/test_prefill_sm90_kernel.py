@@ -119,6 +119,15 @@ CASES = {
     "all dense": {"lengths": [900], "queries": [30], "sparse": (0, 0), "kv_heads": 1},
     "scores of 10 000": {"lengths": [1100], "queries": [40], "amplitude": 1e4},
     "scores of 10 000, sinks": {"lengths": [1100], "queries": [40], "amplitude": 1e4, "d": 64, "sinks": 20},
+    "scores all far from zero": {"lengths": [1100], "queries": [40], "level": 1500.0, "mean": False},
+    "scores all far from zero, mixed": {
+        "lengths": [1100],
+        "queries": [40],
+        "level": 1500.0,
+        "mean": False,
+        "d": 64,
+        "sparse": (2, 3),
+    },  # fmt: skip
     "scores of 200": {"lengths": [1100], "queries": [40], "amplitude": 200.0, "d": 64, "sparse": (4, 3)},
 }
 
