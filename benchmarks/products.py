@@ -28,7 +28,7 @@ from hierasparse_vllm import results
 
 SOURCE = Path(__file__).resolve().with_suffix(".cu")
 TARGET = "90a"
-SECONDS = 2.0
+SECONDS = 3.0
 """Of a kind; the second half counts, at the clock that the power limit leaves."""
 
 
@@ -59,12 +59,14 @@ def compiled(folder: Path) -> Path:
 
 def run(program: Path, product: int) -> tuple[bool, float, dict[str, int]]:
     """Whether products of ones are right, TFLOP/s of random ones, and what the GPU did meanwhile."""
-    with Meter() as meter:
-        done = subprocess.run([program, str(product), str(SECONDS)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"product {product} did not run: {done.stderr.strip()}")
-    right, rate = done.stdout.split()
-    return right == "1", float(rate), meter.figures()
+    command = [program, str(product), str(SECONDS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        right = process.stdout.readline()  # comes when the half that counts begins
+        with Meter() as meter:
+            rate, error = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"product {product} did not run: {error.strip()}")
+    return right.strip() == "1", float(rate), meter.figures()
 
 
 def main() -> int:
@@ -76,6 +78,7 @@ def main() -> int:
     good, rows = True, []
     with tempfile.TemporaryDirectory() as folder:
         program = compiled(Path(folder))
+        run(program, PAIRS[0].dense)  # the first meter comes late: it loads a library
         for pair in PAIRS:
             dense_right, dense, dense_meters = run(program, pair.dense)
             right, sparse, meters = run(program, pair.sparse)
