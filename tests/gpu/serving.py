@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
 @contextmanager
 def engine(model: str, ops="cuda", options=None, **kw):
-    """An ``LLM`` with the named ops, with graphs if they are the CUDA ops."""
+    """An ``LLM`` with the named ops, with graphs if they are the CUDA ops; ``kw`` may name another backend."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -37,16 +37,23 @@ def engine(model: str, ops="cuda", options=None, **kw):
 
     before = os.environ.get("HIERASPARSE_OPS")
     os.environ["HIERASPARSE_OPS"] = ops
-    kw = {"max_model_len": 8192, "max_num_batched_tokens": 1000, "max_num_seqs": 16, **kw}
+    kw = {
+        "max_model_len": 8192,
+        "max_num_batched_tokens": 1000,
+        "max_num_seqs": 16,
+        "attention_backend": "CUSTOM",
+        **kw,
+    }
+    elsewhere = kw["attention_backend"] != "CUSTOM" or kw.get("tensor_parallel_size", 1) > 1
     kw.setdefault("compilation_config", GRAPHS if ops == "cuda" else {"mode": 0, "cudagraph_mode": "NONE"})
     llm = None
     try:
         llm = LLM(
-            model, dtype="bfloat16", skip_tokenizer_init=True, attention_backend="CUSTOM", block_size=256,
+            model, dtype="bfloat16", skip_tokenizer_init=True, block_size=256,
             additional_config={"hierasparse": {"preset": "max", **(options or {})}}, disable_log_stats=False, seed=0,
             enable_prefix_caching=True, gpu_memory_utilization=0.1, kv_cache_memory_bytes=CACHE_BYTES, **kw,
         )  # fmt: skip
-        assert settings.current().ops.name == ops
+        assert elsewhere or settings.current().ops.name == ops
         yield llm
     finally:
         if before is None:
