@@ -49,6 +49,24 @@ def model(full_model, tmp_path_factory) -> str:
     return str(out)
 
 
+def head_tables(model: str, path: Path, first_head: int) -> dict[str, str]:
+    """The option for a file with an order and weights for each KV head, from ``first_head`` on: no two are alike."""
+    import torch
+    from transformers import AutoConfig
+
+    from hierasparse_vllm import calibration
+
+    config, out = AutoConfig.from_pretrained(model), {}
+    count = config.num_key_value_heads
+    for layer in range(config.num_hidden_layers):
+        heads = [torch.Generator().manual_seed(100 * layer + (first_head + h) % count) for h in range(count)]
+        name = f"model.layers.{layer}.self_attn.attn"
+        out[f"{name}.k_order"] = torch.stack([torch.randperm(config.head_dim, generator=head) for head in heads])
+        out[f"{name}.k_weight"] = torch.stack([torch.rand(config.head_dim, generator=head) for head in heads])
+    calibration.save(path, out, calibration.fingerprint(config))
+    return {"tables": str(path)}
+
+
 @pytest.fixture(scope="session")
 def tokens(full_model) -> list[int]:
     """A long English text as token ids."""

@@ -1,28 +1,13 @@
 """Tensor parallelism: each rank is a process with its KV heads' pages and its share of the tables."""
 
 import pytest
-import torch
 
-from hierasparse_vllm import calibration
 from hierasparse_vllm.page import PageLayout
 from tests.engine.serving import ask, close, core, engine
+from tests.models import head_tables
 
 RANKS = 3
 """As many as SmolLM2 has KV heads."""
-
-
-def tables(model, path, first_head):
-    """A file with an order and weights for each head, counted from ``first_head``: no two are alike."""
-    from transformers import AutoConfig
-
-    config, out = AutoConfig.from_pretrained(model), {}
-    for layer in range(config.num_hidden_layers):
-        heads = [torch.Generator().manual_seed(100 * layer + (first_head + h) % RANKS) for h in range(RANKS)]
-        name = f"model.layers.{layer}.self_attn.attn"
-        out[f"{name}.k_order"] = torch.stack([torch.randperm(config.head_dim, generator=head) for head in heads])
-        out[f"{name}.k_weight"] = torch.stack([torch.rand(config.head_dim, generator=head) for head in heads])
-    calibration.save(path, out, calibration.fingerprint(config))
-    return {"tables": str(path)}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +17,10 @@ def prompts(tokens):
 
 def test_ranks_answer_as_one_process_does(model, prompts, tmp_path, monkeypatch):
     """Cold and from the prefix cache; with the heads' tables exchanged the answers are others."""
-    options = tables(model, tmp_path / "tables.safetensors", 0)
+    options = head_tables(model, tmp_path / "tables.safetensors", 0)
     with engine(model, options) as llm:
         cold, warm = ask(llm, prompts), ask(llm, prompts)
-    with engine(model, tables(model, tmp_path / "others.safetensors", 1)) as llm:
+    with engine(model, head_tables(model, tmp_path / "others.safetensors", 1)) as llm:
         others = ask(llm, prompts)
     assert not any(close(a, b) for a, b in zip(cold, others)), "a rank with another's tables would not be seen"
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

@@ -1,13 +1,14 @@
 """Tensor parallelism on two GPUs: each rank is a process with its KV head's pages, its share of the tables, graphs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from hierasparse_vllm import calibration
 from hierasparse_vllm.page import PageLayout
 from tests.gpu.serving import ask, core, engine, forced
+from tests.models import head_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 HEADS, KV_HEADS, RANKS = 6, 2, 2
@@ -16,8 +17,6 @@ HEADS, KV_HEADS, RANKS = 6, 2, 2
 @pytest.fixture(scope="module")
 def two_heads(model, tmp_path_factory):
     """SmolLM2 without the last of its three KV heads, which two ranks can share; its text is worse for it."""
-    from pathlib import Path
-
     from safetensors.torch import load_file, save_file
 
     source, out = Path(model[0]), tmp_path_factory.mktemp("two-heads")
@@ -35,20 +34,6 @@ def two_heads(model, tmp_path_factory):
     return str(out)
 
 
-def tables(model, path, first_head):
-    """A file with an order and weights for each head, counted from ``first_head``: no two are alike."""
-    from transformers import AutoConfig
-
-    config, out = AutoConfig.from_pretrained(model), {}
-    for layer in range(config.num_hidden_layers):
-        heads = [torch.Generator().manual_seed(9 * layer + (first_head + h) % KV_HEADS) for h in range(KV_HEADS)]
-        name = f"model.layers.{layer}.self_attn.attn"
-        out[f"{name}.k_order"] = torch.stack([torch.randperm(config.head_dim, generator=head) for head in heads])
-        out[f"{name}.k_weight"] = torch.stack([torch.rand(config.head_dim, generator=head) for head in heads])
-    calibration.save(path, out, calibration.fingerprint(config))
-    return {"tables": str(path)}
-
-
 def text_off(judged, others):
     """Mean difference of what two engines say of a text, in nats."""
     return sum(abs(a.lead - b.lead) for a, b in zip(judged, others)) / len(judged)
@@ -60,7 +45,7 @@ def test_two_gpus_answer_as_one_does(two_heads, model, tmp_path, monkeypatch):
     two GPUs are, whose sums round elsewhere; with the heads' tables exchanged the text has other probabilities."""
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     prompts, text = [model[1][:700], model[1][500:3000]], model[1][5000:8000]
-    options = tables(two_heads, tmp_path / "tables.safetensors", 0)
+    options = head_tables(two_heads, tmp_path / "tables.safetensors", 0)
     several = {"tensor_parallel_size": RANKS, "disable_custom_all_reduce": True}
     with engine(two_heads, options=options, **several) as llm:
         pages, _ = core(llm).scheduler.kv_cache_config.kv_cache_groups
@@ -70,7 +55,7 @@ def test_two_gpus_answer_as_one_does(two_heads, model, tmp_path, monkeypatch):
     with engine(two_heads, options=options) as llm:
         one = forced(llm, text)
         judged = [forced(llm, p + a.tokens)[len(p) - 1 :] for p, a in zip(prompts * 2, answers)]
-    with engine(two_heads, options=tables(two_heads, tmp_path / "others.safetensors", 1)) as llm:
+    with engine(two_heads, options=head_tables(two_heads, tmp_path / "others.safetensors", 1)) as llm:
         others = forced(llm, text)
     dense = []
     for kw in ({}, several):
