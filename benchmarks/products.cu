@@ -14,6 +14,8 @@ constexpr uint32_t kOnes = 0x3f803f80u;      // bfloat16
 constexpr uint32_t kMetadata = 0x4e4e4e4eu;  // values 0 and 1 of a group, 2 and 3 of the next
 enum class Product { kWgmma, kWgmmaSp, kMma, kMmaSp };
 
+constexpr bool of_warpgroup(Product product) { return product == Product::kWgmma || product == Product::kWgmmaSp; }
+
 // Two random bfloat16 between 1/2 and 2, or minus that: power, and so the clock, depends on the bits that change.
 __device__ uint32_t random_pair(uint32_t seed) {
   seed *= 2654435761u, seed ^= seed >> 15, seed *= 2246822519u, seed ^= seed >> 13;
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1) multiply(int turns, bool ones, fl
   for (int i = 0; i < 4; ++i) x[i] = ones ? kOnes : random_pair(threadIdx.x * 4 + i + 77777);
   const uint4 a{x[0], x[1], x[2], x[3]};
   float sum = 0.f;
-  if constexpr (kProduct == Product::kWgmma || kProduct == Product::kWgmmaSp) {
+  if constexpr (of_warpgroup(kProduct)) {
     float d[kColumns / 2] = {};
     const uint64_t at = wgmma_descriptor(b);
     for (int turn = 0; turn < turns; ++turn) {
@@ -87,7 +89,7 @@ void check(cudaError_t error) {
 double operations(Product product) {
   const bool sparse = product == Product::kWgmmaSp || product == Product::kMmaSp;
   const double depth = sparse ? 32 : 16;
-  if (product == Product::kWgmma || product == Product::kWgmmaSp) return 2. * 2 * 64 * kColumns * kSteps * depth;
+  if (of_warpgroup(product)) return 2. * 2 * 64 * kColumns * kSteps * depth;
   return 2. * 8 * 16 * 8 * kTiles * depth;
 }
 
@@ -101,12 +103,11 @@ void measure(double seconds) {
   check(cudaFuncSetAttribute(multiply<kProduct>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   float* out;
   check(cudaMallocManaged(&out, sms * kThreads * sizeof(float)));
-  const bool groups = kProduct == Product::kWgmma || kProduct == Product::kWgmmaSp;
   const int few = 100, many = 20000;
   multiply<kProduct><<<sms, kThreads, shared>>>(few, true, out);
   check(cudaDeviceSynchronize());
   bool right = true;
-  for (int i = 0; i < sms * kThreads; ++i) right &= out[i] == 16.f * few * (groups ? kSteps : 1);
+  for (int i = 0; i < sms * kThreads; ++i) right &= out[i] == 16.f * few * (of_warpgroup(kProduct) ? kSteps : 1);
   cudaEvent_t events[2];
   for (auto& event : events) check(cudaEventCreate(&event));
   auto timed = [&](int launches) {

@@ -113,6 +113,11 @@ def forced(llm, tokens):
     return out
 
 
+def text_off(judged, others):
+    """Mean difference of what two engines say of a text, in nats."""
+    return sum(abs(a.lead - b.lead) for a, b in zip(judged, others)) / len(judged)
+
+
 def agreement(tokens, judged):
     """Share of equal tokens where the judge is decided, and everywhere.
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.serving import TIE, agreement, ask, engine, forced, same
+from tests.gpu.serving import TIE, agreement, ask, engine, forced, same, text_off
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -61,7 +61,7 @@ def test_chunk_sizes_change_no_prompt_logprob_beyond_noise(model, text, judged_i
     with engine(model[0], max_num_batched_tokens=chunk, options=options) as llm:
         mine = forced(llm, text)
     clear, everywhere = agreement([judged.best for judged in mine], theirs)
-    off = sum(abs(a.lead - b.lead) for a, b in zip(mine, theirs)) / len(mine)
+    off = text_off(mine, theirs)
     print(f"{kernel}, {chunk} tokens: {clear:.4f} where decided, {everywhere:.4f} everywhere, {off:.4f} nats off")
     assert clear >= 0.99 and everywhere >= 0.96 and off < TIE / 4, (clear, everywhere, off)
 

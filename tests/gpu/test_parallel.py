@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hierasparse_vllm.page import PageLayout
-from tests.gpu.serving import ask, core, engine, forced
+from tests.gpu.serving import ask, core, engine, forced, text_off
 from tests.models import head_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -32,11 +32,6 @@ def two_heads(model, tmp_path_factory):
                 weights[name] = weight.narrow(dim, 0, heads * width).contiguous()
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return str(out)
-
-
-def text_off(judged, others):
-    """Mean difference of what two engines say of a text, in nats."""
-    return sum(abs(a.lead - b.lead) for a, b in zip(judged, others)) / len(judged)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")

@@ -438,8 +438,8 @@ def test_a_prefill_s_operations_per_second_follow_from_the_model(tmp_path):
     id = "serve-prefill-3x1001-chunk100"
     (row,) = serving_rows({"ours": {id: one(2e6)}, "stock": {id: one(1e6)}}, tmp_path)
     # Of one layer and token: Q, K, V, O of 32, 16, 16, 32 rows; three products of the MLP; 501 keys on average.
-    products, attention = 2 * 32 * (32 + 16 + 16 + 32) + 3 * 2 * 32 * 64, 4 * 501 * 32
-    want = 2 * (products + attention) * 2e6 / 1e12
+    linear, attention = 2 * 32 * (32 + 16 + 16 + 32) + 3 * 2 * 32 * 64, 4 * 501 * 32
+    want = 2 * (linear + attention) * 2e6 / 1e12
     assert row["case"]["tflops"] == pytest.approx(want, abs=0.05) and want > 0.3
     assert row["case"]["rival_tflops"] == pytest.approx(want / 2, abs=0.05)
     assert row["case"]["of_bound"] == pytest.approx(want / 1170, abs=5e-4)
